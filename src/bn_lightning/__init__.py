@@ -1,0 +1,44 @@
+"""See, understand, fix, swap and fold Batch Normalization; with Lightning or without."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bn_lightning.auditing import audit_batch_norm
+    from bn_lightning.folding import fold_batch_norm, plan_fold
+    from bn_lightning.monitoring import observe_activations
+    from bn_lightning.recalibration import recalibrate_batch_norm
+    from bn_lightning.tracing import record_forward
+
+__version__ = "0.1.0"
+
+# Resolved at first use (PEP 562): `import bn_lightning` costs no more than `import torch`.
+_HOMES = {
+    "audit_batch_norm": "auditing",
+    "fold_batch_norm": "folding",
+    "observe_activations": "monitoring",
+    "plan_fold": "folding",
+    "recalibrate_batch_norm": "recalibration",
+    "record_forward": "tracing",
+}
+
+__all__ = [
+    "audit_batch_norm",
+    "fold_batch_norm",
+    "observe_activations",
+    "plan_fold",
+    "recalibrate_batch_norm",
+    "record_forward",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        value = getattr(import_module(f"bn_lightning.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'bn_lightning' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,170 @@
+"""Borrow a model and give it back bit for bit, also after an error or an interrupt."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from bn_lightning.errors import BatchNormError
+
+__all__ = ["in_float64", "out_of_inference_mode", "preserved", "preserved_rng"]
+
+_BN_SETTINGS = ("momentum", "eps", "affine", "track_running_stats")
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Lend the model out; afterwards put back buffers, modes, BN settings, gradients and random state.
+
+    Gradients are set aside, so that the borrower starts from none and the owner's are never added to. Buffers
+    are written in place and only where they changed, since optimizers, DDP and compiled graphs hold references.
+    Parameters are not copied: whoever writes to them has to undo it.
+
+    Raises:
+        BatchNormError: If a lazy module has not seen its first batch; the forward pass would change the model.
+
+    Example:
+        >>> bn = nn.BatchNorm1d(2)
+        >>> with preserved(bn):
+        ...     _ = bn(torch.randn(4, 2))
+        >>> bn.running_mean
+        tensor([0., 0.])
+    """
+    _refuse_lazy(model)
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    settings = [
+        {name: getattr(module, name) for name in _BN_SETTINGS} if isinstance(module, _BatchNorm) else {}
+        for module in modules
+    ]
+    buffers = [{name: _Snapshot(buffer) for name, buffer in module._buffers.items()} for module in modules]
+    parameters = list(model.parameters())
+    gradients = [parameter.grad for parameter in parameters]
+    trainable = [parameter.requires_grad for parameter in parameters]
+    with preserved_rng(*{tensor.device for tensor in (*parameters, *model.buffers())}):
+        try:
+            for parameter in parameters:
+                parameter.grad = None
+            yield
+        finally:
+            for module, mode, setting, kept in zip(modules, modes, settings, buffers, strict=True):
+                module.training = mode  # not .train(mode): it recurses into frozen children
+                for name, value in setting.items():
+                    setattr(module, name, value)
+                module._buffers.clear()
+                module._buffers.update({name: snapshot.restore() for name, snapshot in kept.items()})
+            for parameter, gradient, requires_grad in zip(parameters, gradients, trainable, strict=True):
+                parameter.grad = gradient
+                parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def preserved_rng(*devices: torch.device) -> Iterator[None]:
+    """Put back the random state of torch (CPU and the given devices), NumPy and Python.
+
+    Example:
+        >>> with preserved_rng():
+        ...     first = torch.rand(1)
+        >>> bool(torch.rand(1) == first)
+        True
+    """
+    restores = [
+        _remember(torch.get_rng_state, torch.set_rng_state),
+        _remember(random.getstate, random.setstate),
+    ]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        restores.append(_remember(numpy.random.get_state, numpy.random.set_state))
+    restores.extend(_device_rng(device) for device in devices if device.type not in ("cpu", "meta"))
+    try:
+        yield
+    finally:
+        for restore in restores:
+            restore()
+
+
+@contextmanager
+def in_float64(model: nn.Module) -> Iterator[None]:
+    """Turn every floating parameter and buffer into float64, then hand back the very storage that was there.
+
+    Whatever the borrower writes to them in between is lost, by design.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with in_float64(layer):
+        ...     layer.weight.dtype
+        torch.float64
+        >>> layer.weight.dtype
+        torch.float32
+    """
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    storages = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.double()
+        yield
+    finally:
+        for tensor, storage in zip(tensors, storages, strict=True):
+            tensor.data = storage
+
+
+@contextmanager
+def out_of_inference_mode() -> Iterator[None]:
+    """Run without gradients but outside inference mode, whose tensors carry no version and take no training.
+
+    Tensors made in inference mode have to be cloned inside before use.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class _Snapshot:
+    """A buffer and its value."""
+
+    def __init__(self, buffer: Tensor | None) -> None:
+        self.buffer = buffer
+        self.value = None if buffer is None else buffer.detach().clone()
+
+    def restore(self) -> Tensor | None:
+        if self.buffer is None or self.value is None:
+            return self.buffer
+        # Compared by bits, since BN's kernel bumps no version. An unchanged buffer is not written: that would
+        # break a backward pass that still needs its present version.
+        if not torch.equal(_bits(self.buffer), _bits(self.value)):
+            with torch.no_grad():
+                self.buffer.copy_(self.value)
+        return self.buffer
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _remember(get: Callable[[], Any], put: Callable[[Any], object]) -> Callable[[], object]:
+    state = get()
+    return lambda: put(state)
+
+
+def _device_rng(device: torch.device) -> Callable[[], object]:
+    backend = getattr(torch, device.type, None)
+    if not hasattr(backend, "get_rng_state"):
+        return lambda: None  # a device without a generator of its own draws on the CPU's
+    assert backend is not None
+    if device.type == "mps":  # the one backend with a single device and no argument for it
+        return _remember(backend.get_rng_state, backend.set_rng_state)
+    state = backend.get_rng_state(device)
+    return lambda: backend.set_rng_state(state, device)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise BatchNormError(
+                f"{name!r} is uninitialized: its lazy module has not seen data. Run one forward pass first."
+            )

@@ -1,0 +1,1 @@
+"""Plain rows and arrays in; tables, figures and HTML out. Knows no BatchNorm."""
