@@ -90,9 +90,13 @@ def batch_moments(x: Tensor, *, channel_dim: int = 1) -> ChannelMoments:
         x = x.to(wide)
     elif x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
+    # About a shift, because the kernel adds in float32: at mean 1e4 and std 0.1, 1e5 values in channels_last give a
+    # variance 5,000 times too large. The first example's mean is near enough, and costs a fraction of a pass.
+    shift = x[0].flatten(1).mean(1) if x.dim() > 2 else x[0]
+    x = x - shift.view(-1, *[1] * (x.dim() - 2))
     if x.device.type in ("cpu", "cuda"):
-        # BN's own kernel: one centred pass, ten times faster on a CPU than going through float64.
+        # BN's own kernel: one pass, ten times faster on a CPU than going through float64.
         mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
     else:
         var, mean = torch.var_mean(x, dim=[axis for axis in range(x.dim()) if axis != 1], correction=0)
-    return ChannelMoments(count, mean.to(wide), var.to(wide) * count)
+    return ChannelMoments(count, shift.to(wide) + mean.to(wide), var.to(wide) * count)

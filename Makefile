@@ -1,0 +1,35 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+CONSTRAINTS := tests/constraints.txt
+
+.PHONY: demo test test-all check bench readme clean
+
+demo: .venv/installed  ## train on real digits with every callback, show what it found (about a minute)
+	$(BIN)/bn-lightning demo
+
+test: .venv/installed  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: .venv/installed  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed  ## what the README's table quotes
+	$(BIN)/python tests/benchmarks/watching.py
+	$(BIN)/python tests/benchmarks/folding.py
+
+# torchvision goes in without its dependencies: it must not replace the torch that is there.
+.venv/installed: pyproject.toml $(CONSTRAINTS) $(wildcard tests/environment/*.py)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 …")'
+	@echo "Setting up .venv (once; torch is the large part) …"
+	$(PYTHON) -m venv .venv
+	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[demo,test]'
+	$(PIP) install --constraint $(CONSTRAINTS) --no-deps torchvision
+	$(PIP) install --constraint $(CONSTRAINTS) timm
+	$(BIN)/python tests/environment/repair_torchvision.py
+	@touch $@
+
+clean:  ## remove what was built and written here
+	rm -rf .venv runs build dist lightning_logs

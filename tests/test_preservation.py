@@ -1,0 +1,110 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bn_lightning.errors import BatchNormError
+from bn_lightning.preservation import in_float64, out_of_inference_mode, preserved, preserved_rng
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Dropout(), nn.BatchNorm2d(3), nn.Flatten())
+    net[1].running_mean.copy_(torch.tensor([1.0, -0.0, float("nan")]))
+    net[3].eval()
+    net(torch.randn(2, 2, 2, 2)).sum().backward()
+    net[0].bias.requires_grad_(False)
+    return net
+
+
+def fingerprint(model):
+    def bits(tensor):
+        return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.detach().numpy().tobytes())
+
+    return {
+        "parameters": [(id(p), bits(p), id(p.grad), bits(p.grad), p.requires_grad) for p in model.parameters()],
+        "buffers": [(name, id(b), bits(b)) for name, b in model.named_buffers()],
+        "modes": [m.training for m in model.modules()],
+        "momenta": [getattr(m, "momentum", None) for m in model.modules()],
+        "rng": (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()),
+    }
+
+
+def disturb(model):
+    model.train()
+    model[1].momentum = 1.0
+    model[1].running_mean = torch.ones(3)
+    model[3].running_var.zero_()
+    model[3].register_buffer("extra", torch.ones(1))
+    model[0].bias.requires_grad_(True)
+    model(torch.randn(2, 2, 2, 2)).sum().backward()
+    random.random(), np.random.rand()
+
+
+def test_everything_comes_back_bit_for_bit_also_after_an_interrupt(model):
+    before = fingerprint(model)
+    with preserved(model):
+        assert all(parameter.grad is None for parameter in model.parameters())
+        disturb(model)
+        assert fingerprint(model) != before
+    assert fingerprint(model) == before
+
+    def interrupted():
+        with preserved(model):
+            disturb(model)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert fingerprint(model) == before
+
+
+def test_an_untouched_buffer_is_not_written(model):
+    model.eval()
+    loss = model(torch.randn(2, 2, 2, 2, requires_grad=True)).sum()
+    with preserved(model):
+        model(torch.randn(2, 2, 2, 2))
+    loss.backward()  # raises if a buffer it saved had been written
+
+
+def test_a_lazy_module_is_refused_by_name():
+    with (
+        pytest.raises(BatchNormError, match=r"'0\.weight' is uninitialized.*forward pass first"),
+        preserved(nn.Sequential(nn.LazyBatchNorm1d())),
+    ):
+        pass
+
+
+def test_float64_is_lent_and_the_same_storage_handed_back(model):
+    before = fingerprint(model)
+
+    def interrupted():
+        with in_float64(model):
+            assert model[0].weight.dtype == model[1].running_var.dtype == torch.float64
+            assert model[1].num_batches_tracked.dtype == torch.int64
+            model[0].weight.data.zero_()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert fingerprint(model) == before
+
+
+def test_out_of_inference_mode_makes_trainable_tensors():
+    with torch.inference_mode():
+        x = torch.ones(2)
+        with out_of_inference_mode():
+            assert not x.clone().is_inference()
+            assert not torch.is_grad_enabled()
+
+
+def test_rng_of_torch_numpy_and_python():
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    expected = (torch.rand(1).item(), np.random.rand(), random.random())
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    with preserved_rng(torch.device("cpu")):
+        torch.rand(5), np.random.rand(5), random.random()
+    assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected
