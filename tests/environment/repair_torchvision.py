@@ -7,23 +7,21 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 SYMPTOM = "operator torchvision::nms does not exist"
 
 
-def main() -> int:
-    """Detect, repair, and check the repair."""
-    error = _import_error()
+def repair(site: Path, import_error: Callable[[], str]) -> int:
+    """Detect the fault, put the start-up file into ``site``, check; return an exit status."""
+    error = import_error()
     if not error or "No module named 'torchvision'" in error:
         return 0
-    if SYMPTOM not in error:
-        print(error, file=sys.stderr)
-        return 1
-    site = Path(sysconfig.get_path("purelib"))
-    shutil.copy(Path(__file__).with_name("torchvision_schemas.py"), site / "torchvision_schemas.py")
-    (site / "torchvision_schemas.pth").write_text("import torchvision_schemas\n")
-    error = _import_error()
+    if SYMPTOM in error:
+        shutil.copy(Path(__file__).with_name("torchvision_schemas.py"), site / "torchvision_schemas.py")
+        (site / "torchvision_schemas.pth").write_text("import torchvision_schemas\n")
+        error = import_error()
     if error:
         print(error, file=sys.stderr)
         return 1
@@ -37,4 +35,4 @@ def _import_error() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(repair(Path(sysconfig.get_path("purelib")), _import_error))
