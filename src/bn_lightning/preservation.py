@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from bn_lightning.errors import BatchNormError
 
-__all__ = ["in_float64", "out_of_inference_mode", "preserved", "preserved_rng"]
+__all__ = ["in_float64", "on_device", "out_of_inference_mode", "preserved", "preserved_rng"]
 
 _BN_SETTINGS = ("momentum", "eps", "affine", "track_running_stats")
 
@@ -57,8 +57,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 module.training = mode  # not .train(mode): it recurses into frozen children
                 for name, value in setting.items():
                     setattr(module, name, value)
-                module._buffers.clear()
-                module._buffers.update({name: snapshot.restore() for name, snapshot in kept.items()})
+                restored = {name: snapshot.restore() for name, snapshot in kept.items()}
+                if isinstance(module._buffers, dict):  # a TorchScript module's is a view that cannot be rebound
+                    module._buffers.clear()
+                    module._buffers.update(restored)
             for parameter, gradient, requires_grad in zip(parameters, gradients, trainable, strict=True):
                 parameter.grad = gradient
                 parameter.requires_grad_(requires_grad)
@@ -112,6 +114,37 @@ def in_float64(model: nn.Module) -> Iterator[None]:
     finally:
         for tensor, storage in zip(tensors, storages, strict=True):
             tensor.data = storage
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run a model on another device, then hand back the very storage that was there.
+
+    Gradients stay behind and are handed back too. Whatever the borrower writes to parameters and buffers in between is
+    lost, by design; if every tensor is there already, this does nothing.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with on_device(layer, torch.device("cpu")):
+        ...     layer.weight.device
+        device(type='cpu')
+    """
+    parameters = list(model.parameters())
+    moving = [tensor for tensor in (*parameters, *model.buffers()) if tensor.device != device]
+    storages = [tensor.data for tensor in moving]
+    # A gradient cannot be attached to a parameter on another device.
+    gradients = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        for tensor in moving:
+            tensor.data = tensor.data.to(device)
+        yield
+    finally:
+        for tensor, storage in zip(moving, storages, strict=True):
+            tensor.data = storage
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
 
 @contextmanager

@@ -1,0 +1,45 @@
+"""One thing an audit found: what, where, how it is known, and what to do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["SEVERITIES", "Evidence", "Finding"]
+
+SEVERITIES = ("info", "warning", "error")
+
+Evidence = str | int | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One finding of one rule.
+
+    Attributes:
+        rule: Slug of the rule.
+        severity: ``"info"``, ``"warning"`` or ``"error"``.
+        layer: Name of the layer, or ``None`` for the model as a whole.
+        message: What is wrong, in a sentence.
+        evidence: The numbers it rests on.
+        threshold: When the rule speaks.
+        fix: Something to type.
+    """
+
+    rule: str
+    severity: str
+    layer: str | None
+    message: str
+    evidence: Mapping[str, Evidence]
+    threshold: str
+    fix: str
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields as plain values."""
+        return {
+            "rule": self.rule,
+            "severity": self.severity,
+            "layer": self.layer,
+            "message": self.message,
+            "evidence": dict(self.evidence),
+            "threshold": self.threshold,
+            "fix": self.fix,
+        }
