@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["compiled_original", "logging_step", "should_log_now"]
+__all__ = ["compiled_original", "hooks_on", "logging_step", "should_log_now"]
 
 
 def compiled_original(model: nn.Module) -> nn.Module | None:
@@ -26,3 +26,11 @@ def logging_step(trainer: Any) -> int:
     """
     loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+
+
+def hooks_on(module: nn.Module) -> list[str]:
+    """Name the kinds of forward and backward hooks a module carries (``_forward_hooks`` and its siblings)."""
+    return [kind.strip("_").replace("_", " ") for kind in _HOOK_TABLES if getattr(module, kind, None)]
+
+
+_HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -1,1 +1,15 @@
-"""To be written."""
+"""One recorded forward pass: who made each value and who reads it."""
+
+from bn_lightning.tracing.calls import ExampleCall, example_calls
+from bn_lightning.tracing.record import ForwardRecord, LayerUse, Operation, Value
+from bn_lightning.tracing.recorder import record_forward
+
+__all__ = [
+    "ExampleCall",
+    "ForwardRecord",
+    "LayerUse",
+    "Operation",
+    "Value",
+    "example_calls",
+    "record_forward",
+]

@@ -1,0 +1,85 @@
+"""Tell which torch function is a layer, and which of its arguments is the weight."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["TENSOR_ROLES", "function_name", "layer_arguments", "reads_metadata", "reads_shape_of_second"]
+
+TENSOR_ROLES = ("weight", "bias", "running_mean", "running_var")
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_DECONV = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_LAYERS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
+    torch.conv1d: ("conv", _CONV),
+    torch.conv2d: ("conv", _CONV),
+    torch.conv3d: ("conv", _CONV),
+    torch.conv_transpose1d: ("conv_transpose", _DECONV),
+    torch.conv_transpose2d: ("conv_transpose", _DECONV),
+    torch.conv_transpose3d: ("conv_transpose", _DECONV),
+    F.linear: ("linear", ("input", "weight", "bias")),
+    F.batch_norm: (
+        "batch_norm",
+        ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    ),
+    torch.batch_norm: (
+        "batch_norm",
+        ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+    ),
+}
+# What tells nothing of a tensor's elements; properties arrive as their getter.
+# fmt: off
+_METADATA = frozenset(
+    {
+        "shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "storage_offset", "dtype",
+        "device", "layout", "names", "itemsize", "nbytes", "element_size", "requires_grad", "is_leaf", "grad",
+        "grad_fn", "retains_grad", "output_nr", "get_device", "__len__", "__hash__", "type", "is_contiguous",
+        "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_inference", "is_conj", "is_neg",
+        "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xla", "is_xpu", "is_mkldnn", "is_quantized", "is_sparse",
+        "is_sparse_csr", "is_nested", "is_pinned", "has_names", "_version",
+    }
+)
+# fmt: on
+# Their second argument gives nothing but its shape.
+_SHAPE_OF_SECOND = frozenset({"reshape_as", "view_as", "expand_as"})
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """Name a torch function as a user would write it.
+
+    Example:
+        >>> [function_name(each) for each in (torch.conv2d, torch.Tensor.__add__, torch.Tensor.shape.__get__)]
+        ['conv2d', 'add', 'shape']
+    """
+    name = str(getattr(function, "__name__", type(function).__name__))
+    if name in ("__get__", "__set__"):
+        return str(getattr(getattr(function, "__self__", None), "__name__", name))
+    return name.strip("_") if name.startswith("__") else name
+
+
+def layer_arguments(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]] | None:
+    """Name the arguments of a convolution, linear or batch norm call; ``None`` for any other function.
+
+    Returns:
+        The kind (``conv, conv_transpose, linear, batch_norm``) and the arguments that were given.
+    """
+    try:
+        kind, names = _LAYERS[function]
+    except (KeyError, TypeError):
+        return None
+    return kind, {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def reads_metadata(function: Callable[..., Any]) -> bool:
+    """Tell whether a function that returns no tensor looks at nothing but shape, dtype and the like."""
+    name = str(getattr(function, "__name__", ""))
+    return (function_name(function) if name == "__get__" else name) in _METADATA
+
+
+def reads_shape_of_second(function: Callable[..., Any]) -> bool:
+    """Tell whether a function takes nothing but the shape from its second argument."""
+    return getattr(function, "__name__", "") in _SHAPE_OF_SECOND

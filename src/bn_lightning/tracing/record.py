@@ -1,0 +1,155 @@
+"""What a recorded forward pass tells, as plain values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from bn_lightning.reports.table import Cell, Table
+
+__all__ = ["ForwardRecord", "LayerUse", "Operation", "Value"]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One tensor at one version: an operation in place makes a new value of the same tensor.
+
+    Attributes:
+        index: Its place in `ForwardRecord.values`.
+        shape: Its shape when it was first seen.
+        dtype: Its dtype.
+        producer: Index of the operation that made it; ``None`` if it came from elsewhere (an input, a constant,
+            a change through a view).
+        readers: Indices of the operations that read it; reading its shape or dtype does not count.
+        output: Whether the model returns it.
+        escaped: Whether it outlived the forward pass in some other way, such as ``self.cache = value``.
+        unseen: Kernels that read it behind the recorder's back (TorchScript, C++, ``torch.vmap``).
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    producer: int | None
+    readers: tuple[int, ...]
+    output: bool
+    escaped: bool
+    unseen: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerUse:
+    """How a convolution, linear or batch norm function was called.
+
+    Attributes:
+        input: The value it was applied to; ``None`` if that is a parameter or buffer of the model.
+        tensors: For each tensor argument (``weight, bias, running_mean, running_var``) the qualified names under
+            which the model owns that very tensor. Empty when the model does not own it, ``None`` when it was
+            not given.
+        groups: Of a convolution, else 1.
+        training: Of a batch norm: whether it normalized by the batch's own statistics.
+        eps: Of a batch norm, else 0.
+    """
+
+    input: int | None
+    tensors: Mapping[str, tuple[str, ...] | None]
+    groups: int = 1
+    training: bool = False
+    eps: float = 0.0
+
+    def owners(self, role: str) -> tuple[str, ...]:
+        """Name the modules that own the tensor in this role, the root module being ``""``."""
+        return tuple(name.rpartition(".")[0] for name in self.tensors.get(role) or ())
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call of a torch function.
+
+    Attributes:
+        index: Its place in `ForwardRecord.operations`, which is execution order.
+        call: Which of the example calls it belongs to.
+        kind: ``conv, conv_transpose, linear, batch_norm`` or ``other``.
+        function: The function's own name, such as ``conv2d`` or ``cat``.
+        module: Qualified name of the module whose forward was running.
+        inputs: Values it reads.
+        outputs: Values it makes.
+        layer: For every kind but ``other``.
+    """
+
+    index: int
+    call: int
+    kind: str
+    function: str
+    module: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    layer: LayerUse | None = None
+
+    def __str__(self) -> str:
+        return f"{self.function} in {self.module!r}" if self.module else self.function
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRecord:
+    """Everything a forward pass did, over all example calls.
+
+    Attributes:
+        operations: In execution order.
+        values: Every tensor that the operations made or read, parameters and buffers apart.
+        tensor_reads: Qualified parameter or buffer name to the indices of the operations that read it.
+        unseen_tensors: Names of parameters and buffers read behind the recorder's back, to the kernels that did.
+    """
+
+    operations: tuple[Operation, ...]
+    values: tuple[Value, ...]
+    tensor_reads: Mapping[str, tuple[int, ...]] = field(repr=False)
+    unseen_tensors: Mapping[str, tuple[str, ...]] = field(repr=False)
+
+    def producer(self, value: int) -> Operation | None:
+        """Return the operation that made a value, ``None`` for one that came from elsewhere."""
+        index = self.values[value].producer
+        return None if index is None else self.operations[index]
+
+    def readers(self, value: int) -> tuple[Operation, ...]:
+        """Return the operations that read a value, in execution order."""
+        return tuple(self.operations[index] for index in self.values[value].readers)
+
+    def tensor_readers(self, name: str) -> tuple[Operation, ...]:
+        """Return the operations that read a parameter or buffer, by its qualified name."""
+        return tuple(self.operations[index] for index in self.tensor_reads.get(name, ()))
+
+    def of_kind(self, kind: str) -> tuple[Operation, ...]:
+        """Return the operations of one kind, in execution order."""
+        return tuple(operation for operation in self.operations if operation.kind == kind)
+
+    def table(self) -> Table:
+        """One row an operation."""
+        calls = 1 + max((operation.call for operation in self.operations), default=0)
+        return Table(
+            f"{len(self.operations)} operations in {calls} forward {'pass' if calls == 1 else 'passes'}",
+            ("#", "function", "module", "reads", "makes", "shape", "fate"),
+            [self._row(operation) for operation in self.operations],
+        )
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def _row(self, operation: Operation) -> list[Cell]:
+        made = [self.values[index] for index in operation.outputs]
+        marks = {
+            "output": any(value.output for value in made),
+            "escaped": any(value.escaped for value in made),
+            "read unseen": any(value.unseen for value in made),
+        }
+        return [
+            operation.index,
+            operation.function,
+            operation.module or "(root)",
+            " ".join(f"v{index}" for index in operation.inputs) or None,
+            " ".join(f"v{value.index}" for value in made) or None,
+            " ".join("×".join(map(str, value.shape)) or "scalar" for value in made) or None,
+            ", ".join(mark for mark, applies in marks.items() if applies) or None,
+        ]
