@@ -1,0 +1,196 @@
+"""A fold that does not verify is taken back, by its row; the numbers in the report are what was measured."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bn_lightning import fold_batch_norm
+from bn_lightning.folding import surgery as surgery_module
+from bn_lightning.folding.arithmetic import folded_tensors
+from bn_lightning.folding.verify import comparison_problem, relative_error
+
+
+@pytest.fixture
+def wrong_fold(monkeypatch):
+    """Get the arithmetic wrong for one layer: forget the scale on the bias, as others did."""
+
+    def folded_wrong(model, pair):
+        weight, bias = folded_tensors(model, pair)
+        return (weight, bias + 1e-6) if pair.batch_norm == "1" else (weight, bias)
+
+    monkeypatch.setattr(surgery_module, "folded_tensors", folded_wrong)
+
+
+def test_the_guilty_fold_is_found_and_taken_back(small_net, images, wrong_fold):
+    reference = copy.deepcopy(small_net).double()(images.double())
+    report = fold_batch_norm(small_net, images).report
+    assert [(row.name, row.action, row.reason) for row in report.rows] == [
+        ("1", "kept", "unverified"),
+        ("3", "kept", "nonlinear_between"),
+        ("6", "folded-backward", ""),
+    ]
+    assert "differ by" in report.rows[0].detail
+    assert isinstance(small_net[1], nn.BatchNorm2d)
+    assert small_net[0].bias is None
+    assert report.error <= 1e-9
+    torch.testing.assert_close(small_net(images).double(), reference, rtol=1e-5, atol=1e-6)
+
+
+class Reaching(nn.Module):
+    """Reads a setting of the layer that folding removes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) * self.bn.eps
+
+
+def test_a_model_that_needs_the_layer_keeps_it(randomize, images):
+    net = randomize(Reaching())
+    (row,) = fold_batch_norm(net, images).report.rows
+    assert row.reason == "unverified"
+    assert "'Identity' object has no attribute 'eps'" in row.detail
+    assert "Pass a tensor" not in row.detail
+    assert isinstance(net.bn, nn.BatchNorm2d)
+
+
+class Ending(nn.Module):
+    def __init__(self, end):
+        super().__init__()
+        self.conv, self.bn, self.end = nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), end
+
+    def forward(self, x):
+        return self.end(self.bn(self.conv(x)))
+
+
+COUNTER = iter(range(10**6))
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        pytest.param(lambda y: y.argmax(1), "no floating-point values", id="integers"),
+        pytest.param(lambda y: y[:0], "no floating-point values", id="empty"),
+        pytest.param(lambda y: (), "no floating-point values", id="nothing"),
+        pytest.param(lambda y: y * 0, "zero throughout", id="zeros"),
+        pytest.param(lambda y: {"a": y, "b": y / 0}, "nan or inf", id="infinite"),
+        pytest.param(lambda y: y + next(COUNTER), "changes from run to run", id="nondeterministic"),
+    ],
+)
+def test_a_comparison_that_proves_nothing_fails(randomize, images, end, words):
+    net = randomize(Ending(end))
+    report = fold_batch_norm(net, images).report
+    assert (report.rows[0].reason, report.verified_in) == ("unverified", "nothing folded")
+    assert words in report.rows[0].detail
+    assert isinstance(net.bn, nn.BatchNorm2d)
+
+
+def test_nested_outputs_are_all_compared(randomize, images, wrong_fold):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fine = nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+            self.add_module("0", nn.Conv2d(6, 4, 3))
+            self.add_module("1", nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            return {"fine": self.fine(x), "deep": [(x.argmax(), get(self, "1")(get(self, "0")(x)))]}
+
+    def get(module, name):
+        return module.get_submodule(name)
+
+    rows = {row.name: row.reason for row in fold_batch_norm(randomize(Two()), images).report.rows}
+    assert rows == {"fine.1": "", "1": "unverified"}
+
+
+class CastsItsInput(Ending):
+    def __init__(self):
+        super().__init__(lambda y: y.to(torch.float32) @ y.new_ones(5, 5, dtype=torch.float32))
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+class NeedsFloat32(Ending):
+    def __init__(self):
+        matrix = torch.randn(5, 5)  # neither parameter nor buffer
+        super().__init__(lambda y: y @ matrix)
+
+
+def test_casts_to_float32_inside_do_not_spoil_the_float64_comparison(randomize, images):
+    report = fold_batch_norm(randomize(CastsItsInput()), images).report
+    assert (report.verified_in, report.rows[0].action) == ("float64", "folded-backward")
+    assert report.error <= 1e-12
+
+
+def test_a_model_that_cannot_run_in_float64_is_verified_in_its_own_dtype(randomize, images):
+    report = fold_batch_norm(randomize(NeedsFloat32()), images).report
+    assert (report.verified_in, report.rows[0].action) == ("float32", "folded-backward")
+    assert 0 < report.error <= 1e-5 < report.tolerance < 1e-3
+    assert report.native_error_before is None
+    assert "cannot run in float64 (RuntimeError: expected" in str(report)
+
+
+def test_a_wrong_fold_is_found_without_float64_too(randomize, images, monkeypatch):
+    def folded_wrong(model, pair):
+        weight, bias = folded_tensors(model, pair)
+        return weight, bias + 0.01
+
+    monkeypatch.setattr(surgery_module, "folded_tensors", folded_wrong)
+    report = fold_batch_norm(randomize(NeedsFloat32()), images).report
+    assert report.rows[0].reason == "unverified"
+    assert "in float32" in report.rows[0].detail
+
+
+def test_a_fold_that_ruins_the_native_dtype_is_taken_back(randomize, images):
+    """In float16 a weight of 1e-9 is zero: right in float64, useless in the network's own dtype."""
+    net = randomize(nn.Sequential(nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4)))
+    with torch.no_grad():
+        net[0].weight.mul_(1e-2)
+        net[1].weight.fill_(1e-6)
+        net[1].bias.fill_(0.0)
+        net[1].running_mean.fill_(0.0)
+    net.half()
+    with torch.no_grad():
+        net[1].weight.fill_(1e-6)
+    (row,) = fold_batch_norm(net, images.half() * 1e3).report.rows
+    assert row.reason == "unverified"
+    assert "in float16" in row.detail
+    assert isinstance(net[1], nn.BatchNorm2d)
+
+
+def test_the_reported_errors_are_the_measured_ones(small_net, images):
+    unfolded = copy.deepcopy(small_net)
+    exact = copy.deepcopy(small_net).double()(images.double())
+    report = fold_batch_norm(small_net, images).report
+    for network, reported in ((unfolded, report.native_error_before), (small_net, report.native_error_after)):
+        measured = ((network(images).double() - exact).abs().max() / exact.abs().max()).item()
+        assert measured == pytest.approx(reported, rel=0.2)
+    assert report.native_dtype == "float32"
+    assert report.error < 1e-12 < report.native_error_after
+
+
+@pytest.mark.parametrize(
+    ("found", "reference", "error"),
+    [
+        pytest.param([[1.0, 3.0], [1.0]], [[1.0, 4.0], [1.0]], 0.25, id="largest"),
+        pytest.param([[1.0], [0.5]], [[1.0], [1.0]], 0.5, id="second"),
+        pytest.param([[0.0]], [[0.0]], 0.0, id="both-zero"),
+        pytest.param([[1e-30]], [[0.0]], math.inf, id="against-zero"),
+        pytest.param([[math.nan]], [[1.0]], math.inf, id="nan"),
+        pytest.param([[1.0, 1.0]], [[1.0]], math.inf, id="shape"),
+        pytest.param([], [[1.0]], math.inf, id="missing"),
+        pytest.param([[]], [[]], math.inf, id="empty"),
+    ],
+)
+def test_relative_error(found, reference, error):
+    assert relative_error([torch.tensor(x) for x in found], [torch.tensor(x) for x in reference]) == error
+
+
+def test_a_fit_reference_has_no_problem():
+    assert comparison_problem([torch.zeros(2), torch.tensor([1.0])]) is None
