@@ -1,1 +1,7 @@
-"""To be written."""
+"""Thin Lightning adapters: they call the rooms below and hold no arithmetic."""
+
+from bn_lightning.callbacks.activation_monitor import ActivationMonitor
+from bn_lightning.callbacks.audit import BatchNormAudit
+from bn_lightning.callbacks.fold import FoldBatchNorm
+
+__all__ = ["ActivationMonitor", "BatchNormAudit", "FoldBatchNorm"]

@@ -1,1 +1,20 @@
-"""To be written."""
+"""See what every layer puts out while a network runs."""
+
+from bn_lightning.monitoring.cadence import Cadence, GrowingInterval
+from bn_lightning.monitoring.history import ActivationHistory
+from bn_lightning.monitoring.observe import ObservedActivations, observe_activations
+from bn_lightning.monitoring.snapshot import ActivationSnapshot
+from bn_lightning.monitoring.statistics import ChannelStatistics, LayerStatistics
+from bn_lightning.monitoring.watch import ActivationWatch
+
+__all__ = [
+    "ActivationHistory",
+    "ActivationSnapshot",
+    "ActivationWatch",
+    "Cadence",
+    "ChannelStatistics",
+    "GrowingInterval",
+    "LayerStatistics",
+    "ObservedActivations",
+    "observe_activations",
+]

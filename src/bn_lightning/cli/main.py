@@ -1,0 +1,27 @@
+"""The command ``bn-lightning`` and its subcommands."""
+
+import sys
+from collections.abc import Sequence
+
+from bn_lightning.errors import BatchNormError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``bn-lightning`` with the given arguments, or those of the process.
+
+    Raises:
+        SystemExit: With status 1 and one sentence if something the user can mend is wrong.
+    """
+    from jsonargparse import auto_cli
+
+    # Late, so that `--help` of a shell completion does not wait for Lightning.
+    from bn_lightning.cli.demo import demo
+
+    try:
+        auto_cli({"demo": demo, "_help": "See, understand, fix and fold Batch Normalization."}, args=arguments)
+    except BatchNormError as error:
+        sys.exit(f"bn-lightning: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,106 @@
+"""One sample of every watched layer, read."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bn_lightning.errors import BatchNormError
+from bn_lightning.monitoring.statistics import ChannelStatistics, LayerStatistics
+from bn_lightning.reports.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ActivationSnapshot"]
+
+_COLUMNS = ("layer", "mean", "std", "min", "max", "zeros %", "values", "remark")
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationSnapshot:
+    """The statistics of each layer's output over one sample, layers in order of execution.
+
+    Attributes:
+        blocks: Layer to its channels' statistics, (7, C) on the CPU, rows as in `functional.activation.Row`.
+        reasons: Layer to why nothing, or not everything, of it was measured.
+    """
+
+    blocks: Mapping[str, Tensor]
+    reasons: Mapping[str, str]
+
+    def layers(self) -> Iterator[tuple[str, LayerStatistics]]:
+        """Go through the layers' names and pooled statistics."""
+        for name, block in self.blocks.items():
+            yield name, LayerStatistics.pooled(block, self.reasons.get(name, ""))
+
+    def to_dict(self) -> dict[str, dict[str, int | float | str]]:
+        """Return the fields of `LayerStatistics` by layer, without channels."""
+        return {name: row.to_dict() for name, row in self.layers()}
+
+    def channels(self, layer: str) -> ChannelStatistics:
+        """Return one layer channel by channel.
+
+        A module called with several channel counts has them one after the other, in order of first appearance.
+
+        Raises:
+            BatchNormError: If the layer is not watched.
+        """
+        if layer not in self.blocks:
+            known = ", ".join(repr(name) for name in list(self.blocks)[:5])
+            raise BatchNormError(
+                f"layer {layer!r} is not among the {len(self.blocks)} watched layers, which begin with {known}. "
+                "Name one of those, or widen include=."
+            )
+        return ChannelStatistics.of(self.blocks[layer])
+
+    def totals(self) -> dict[str, float]:
+        """Return what sums the whole network up: nonfinite values, dead channels, and the largest magnitude.
+
+        ``max_abs`` is NaN if any layer put out a NaN.
+        """
+        rows = [row for _, row in self.layers()]
+        extremes = [abs(value) for row in rows if row.count for value in (row.min, row.max)]
+        return {
+            "nonfinite": float(sum(row.nonfinite for row in rows)),
+            "dead_channels": float(sum(row.dead_channels for row in rows)),
+            "max_abs": float(torch.tensor(extremes, dtype=torch.float64).amax()) if extremes else float("nan"),
+        }
+
+    def table(self) -> Table:
+        """Return one row a layer, in order of execution."""
+        rows = [(name, *_numbers(row), row.count, row.remark) for name, row in self.layers()]
+        measured = sum(row.count > 0 for _, row in self.layers())
+        remarked = sum(bool(row[-1]) for row in rows)
+        title = f"activations of {measured} {'layer' if measured == 1 else 'layers'}, in order of execution"
+        notes = ["zeros %: values that are exactly 0; std over all values of the layer, correction=0"]
+        if remarked:
+            notes.append(f"layers with a remark: {remarked} of {len(rows)}")
+        return Table(title, _COLUMNS, rows, notes)
+
+    def figure(self, stat: str = "std") -> "Figure":
+        """Draw a statistic of every channel: one row a layer, its channels sorted from smallest to largest.
+
+        Args:
+            stat: A field of `ChannelStatistics`: mean, std, min, max, rms or zero_fraction.
+
+        Raises:
+            BatchNormError: If there is no such statistic.
+        """
+        from bn_lightning.monitoring.pictures import channel_map
+
+        return channel_map(self, stat)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+def _numbers(row: LayerStatistics) -> tuple[float | None, ...]:
+    if not row.count:
+        return (None,) * 5
+    return row.mean, row.std, row.min, row.max, 100 * row.zero_fraction

@@ -1,0 +1,180 @@
+"""What watching costs: one training step with every layer watched, against the bare step, beside how others do it.
+
+    python tests/benchmarks/watching.py [--rounds 15] [--threads 2]
+
+Every round times the bare step and each way of watching once, in turn, and what is printed is the median over rounds
+of the ratio within a round, so that a machine whose speed drifts does not favour one of them.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from bn_lightning.monitoring import ActivationWatch
+
+
+class Block(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.act2 = nn.ReLU(inplace=True)
+        self.downsample = nn.Sequential()
+        if stride > 1:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        return self.act2(y + self.downsample(x))
+
+
+def resnet18(classes=10):
+    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    widths = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
+    widths += [(128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes)]
+    return nn.Sequential(*stem, *(Block(*width) for width in widths), *head)
+
+
+def composer(module, inputs, output):
+    """Composer's ActivationMonitor, without its iteration over the batch: four host reads a tensor."""
+    for value in (inputs[0].detach(), output.detach()):
+        torch.linalg.vector_norm(value, dim=-1).mean().item()
+        value.mean().item()
+        centred = value - value.mean(-1, keepdim=True)
+        (centred.pow(4).mean(-1) / centred.pow(2).mean(-1).square()).mean().item()
+        value.amax(-1).mean().item()
+
+
+def fastai(module, inputs, output):
+    """fastai's ActivationStats: the whole tensor to the host, where it is binned."""
+    value = output.detach().cpu().float()
+    value.mean().item(), value.std().item(), (value <= 0.05).sum().item(), value.histc(40, 0, 10)
+
+
+def hugging_face(module, inputs, output):
+    """Hugging Face's DebugUnderflowOverflow: smallest and largest magnitude of inputs, outputs and parameters."""
+    for value in (*inputs, output, *module.parameters(recurse=False)):
+        magnitude = value.detach().abs()
+        magnitude.min().item(), magnitude.max().item()
+
+
+def three_reductions(module, inputs, output):
+    """What people write first: five statistics of the whole tensor."""
+    value = output.detach()
+    torch.var_mean(value), torch.aminmax(value), torch.count_nonzero(value)
+
+
+class Hooked:
+    """One of the peers, as a context."""
+
+    def __init__(self, model, hook):
+        self.model, self.hook = model, hook
+
+    def __enter__(self):
+        leaves = [module for module in self.model.modules() if not list(module.children())]
+        self.handles = [leaf.register_forward_hook(self.hook) for leaf in leaves if not isinstance(leaf, nn.Sequential)]
+
+    def __exit__(self, *exception):
+        for handle in self.handles:
+            handle.remove()
+
+
+class Watched:
+    """This library, sampling or between samples, the flush included."""
+
+    def __init__(self, model, sampling):
+        self.model, self.sampling = model, sampling
+        self.watch = ActivationWatch()
+
+    def __enter__(self):
+        self.watch.install(self.model)
+        self.watch.sampling = self.sampling
+
+    def __exit__(self, *exception):
+        self.watch.remove()
+
+
+def seconds(step, ways, flush=lambda: None):
+    with ways:
+        started = time.perf_counter()
+        step()
+        flush()
+        return time.perf_counter() - started
+
+
+class Bare:
+    def __enter__(self): ...
+
+    def __exit__(self, *exception): ...
+
+
+def tap_microseconds(calls=200_000):
+    """Time one call of a tap between samples, above the bare module call."""
+    layer, x = nn.Identity(), torch.zeros(1)
+
+    def timed():
+        started = time.perf_counter()
+        for _ in range(calls):
+            layer(x)
+        return time.perf_counter() - started
+
+    bare = timed()
+    watch = ActivationWatch()
+    watch.install(nn.Sequential(layer, nn.ReLU()), include=("0",))
+    tapped = timed()
+    watch.remove()
+    return (tapped - bare) / calls * 1e6
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--rounds", type=int, default=15)
+    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = resnet18()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x, target = torch.randn(32, 3, 96, 96), torch.randint(10, (32,))
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), target).backward()
+        optimizer.step()
+
+    sampled = Watched(model, sampling=True)
+    ways = {
+        "bare step": (Bare(), lambda: None),
+        "ActivationWatch, sampled step, flushed": (sampled, sampled.watch.flush),
+        "ActivationWatch, between samples": (Watched(model, sampling=False), lambda: None),
+        "three reductions of the whole tensor": (Hooked(model, three_reductions), lambda: None),
+        "like Hugging Face (min and max only)": (Hooked(model, hugging_face), lambda: None),
+        "like fastai": (Hooked(model, fastai), lambda: None),
+        "like Composer": (Hooked(model, composer), lambda: None),
+    }
+    times = {name: [] for name in ways}
+    for turn in range(options.rounds + 2):
+        for name, (way, flush) in ways.items():
+            taken = seconds(step, way, flush)
+            if turn >= 2:
+                times[name].append(taken)
+    bare = times["bare step"]
+    print(
+        f"ResNet-18, 32×3×96×96, CPU, {options.threads} threads, torch {torch.__version__}, {options.rounds} rounds\n"
+    )
+    print(f"{'':40s} {'ms':>7s}  of the bare step")
+    for name, taken in times.items():
+        ratio = statistics.median(one / other for one, other in zip(taken, bare, strict=True))
+        print(f"{name:40s} {1e3 * statistics.median(taken):7.1f}  {ratio:.3f}")
+    print(f"\na tap between samples: {tap_microseconds():.2f} µs")
+
+
+if __name__ == "__main__":
+    main()
