@@ -24,14 +24,15 @@ def test_the_wheel_installs_beside_what_is_there(tmp_path):
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         if "bn_lightning" not in entry.name:
             (existing / entry.name).symlink_to(entry)
-    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    (own / "existing.pth").write_text(f"{existing}\n")
+    (own / "existing.pth").write_text(f"import site; site.addsitedir({str(existing)!r})\n")
     before = {entry.name for entry in own.iterdir()}
 
     # Without an index: had a requirement not been met by what is there, this would fail.
-    run(python, "-m", "pip", "install", "--no-index", "--disable-pip-version-check", wheel)
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    run(*pip, "install", "--no-index", wheel)
     assert {entry.name for entry in own.iterdir()} - before == {"bn_lightning", "bn_lightning-0.1.0.dist-info"}
     printed = run(python, "-c", "import bn_lightning, torch; print(bn_lightning.__file__); print(torch.__file__)")
     ours, torchs = printed.splitlines()

@@ -1,14 +1,13 @@
 """The command ``bn-lightning`` and its subcommands."""
 
 import sys
-from collections.abc import Sequence
 
 from bn_lightning.errors import BatchNormError
 
 __all__ = ["main"]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run ``bn-lightning`` with the given arguments, or those of the process.
 
     Raises:
@@ -20,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from bn_lightning.cli.demo import demo
 
     try:
-        auto_cli({"demo": demo, "_help": "See, understand, fix and fold Batch Normalization."}, args=arguments)
+        auto_cli({"demo": demo}, args=arguments, prog="bn-lightning")
     except BatchNormError as error:
         sys.exit(f"bn-lightning: {error}")
     except KeyboardInterrupt:

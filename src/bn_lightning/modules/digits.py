@@ -82,7 +82,7 @@ class DigitsDataModule(pl.LightningDataModule):
     def _loader(self, data: TensorDataset, *, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(
             data,
-            self.batch_size,
+            batch_size=self.batch_size,  # by name: Lightning rebuilds a loader from its arguments
             shuffle=shuffle,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
