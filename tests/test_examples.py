@@ -15,7 +15,7 @@ def test_quickstart_runs(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "folded-backward" in printed
-    assert len((ROOT / "examples" / "quickstart.py").read_text().splitlines()) <= 45
+    assert len((ROOT / "examples" / "quickstart.py").read_text().splitlines()) <= 40
 
 
 def test_readme_blocks_run_in_order(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -24,7 +24,7 @@ class FoldBatchNorm(BatchNormCallback):
 
     The LightningModule's own ``forward`` is recorded. Its inputs are ``example_input_array`` if the module has
     one, else those of the stage's first batch: the batch itself if it is a tensor, or its first element. What was
-    folded is logged once, on rank zero. Training, and checkpoints saved at any time, hold the unfolded network.
+    folded is printed once, on rank zero. Training, and checkpoints saved at any time, hold the unfolded network.
 
     Args:
         stages: Entry points to fold in: ``test``, ``predict`` and ``validate``. The validation inside ``fit`` is
@@ -122,7 +122,7 @@ class FoldBatchNorm(BatchNormCallback):
             # Lightning reads a list there as positional arguments, `fold_batch_norm` as several calls.
             inputs = tuple(inputs) if isinstance(inputs, list) else inputs
             inputs = trainer.strategy.batch_to_device(inputs, pl_module.device)
-            self._fold(pl_module, trainer.precision_plugin.convert_input(inputs))
+            self._fold(trainer, pl_module, trainer.precision_plugin.convert_input(inputs))
 
     def _on_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, stage: str) -> None:
         if not self._due(trainer, stage):
@@ -135,13 +135,14 @@ class FoldBatchNorm(BatchNormCallback):
                 "self.example_input_array in the module's __init__: a tensor, a tuple of positional arguments or "
                 "a dict of keyword arguments."
             )
-        self._fold(pl_module, inputs)
+        self._fold(trainer, pl_module, inputs)
 
-    def _fold(self, pl_module: pl.LightningModule, inputs: Any) -> None:
+    def _fold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, inputs: Any) -> None:
         self._folded = fold_batch_norm(pl_module, inputs, include=self.include, exclude=self.exclude)
         self._state_dict_hooks = _unfold_state_dict(pl_module, self._folded)
         self.result = self._folded.report
-        rank_zero_info(f"\n{self.result}")
+        if trainer.is_global_zero:
+            print(f"\n{self.result}")  # on a line of its own, below the progress bar
         if all(row.action == "kept" for row in self.result.rows):
             first = self.result.rows[0]
             rank_zero_warn(

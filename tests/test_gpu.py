@@ -1,0 +1,120 @@
+"""What only a CUDA device can show; skipped without one."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from bn_lightning import fold_batch_norm, recalibrate_batch_norm
+from bn_lightning.callbacks import ActivationMonitor, BatchNormAudit, FoldBatchNorm
+from bn_lightning.modules import DigitsDataModule, ImageClassifier
+from bn_lightning.monitoring import ActivationWatch
+from bn_lightning.networks import ResidualNetwork
+from bn_lightning.selection import named_batch_norms
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*determinis.*"),
+]
+SMALL = {"widths": (8, 16), "blocks": 1}
+
+
+def randomized():
+    torch.manual_seed(0)
+    model = ResidualNetwork(**SMALL)
+    for bn in named_batch_norms(model).values():
+        nn.init.normal_(bn.running_mean)
+        nn.init.uniform_(bn.running_var, 0.5, 2)
+        nn.init.normal_(bn.weight, 1, 0.3)
+        nn.init.normal_(bn.bias)
+    return model
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 1, 8, 8, generator=generator) * 2 + 1 for n in (32, 32, 7)]
+
+
+def test_a_sampled_step_does_not_wait_for_the_device():
+    model, (x, *_) = randomized().cuda(), batches()
+    x = x.cuda()
+    watch = ActivationWatch()
+    watch.install(model)
+    watch.sampling = True
+    model(x).sum().backward()  # the first sample allots the buffer
+    watch.flush()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):  # the second call merges
+            model(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_device = watch.flush().to_dict()
+    watch.remove()
+    model = model.cpu()
+    watch.install(model)
+    watch.sampling = True
+    for _ in range(2):
+        model(x.cpu())
+    for name, row in watch.flush().to_dict().items():
+        assert on_device[name]["count"] == row["count"]
+        assert on_device[name]["std"] == pytest.approx(row["std"], rel=1e-3, abs=1e-4), name
+
+
+def test_recalibration_agrees_with_the_cpu():
+    here, there = randomized(), randomized().cuda()
+    recalibrate_batch_norm(here, batches())
+    result = recalibrate_batch_norm(there, batches())
+    for name, bn in named_batch_norms(there).items():
+        reference = named_batch_norms(here)[name]
+        torch.testing.assert_close(bn.running_mean.cpu(), reference.running_mean, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(bn.running_var.cpu(), reference.running_var, rtol=1e-3, atol=1e-3)
+    result.undo()
+    for name, value in randomized().state_dict().items():
+        assert torch.equal(there.state_dict()[name].cpu(), value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_folding_on_the_device(dtype):
+    model, x = randomized().to("cuda", dtype).eval(), batches()[0].to("cuda", dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = fold_batch_norm(model, x)
+    assert {row.action for row in result.report.rows} == {"folded-backward"}
+    assert result.report.verified_in == "float64"
+    assert result.report.error < 1e-9
+    result.undo()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+def test_training_on_the_device_is_bitwise_unchanged(precision, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def train(callbacks):
+        pl.seed_everything(0, verbose=False)
+        module, data = ImageClassifier(network_options=SMALL), DigitsDataModule()
+        trainer = pl.Trainer(
+            accelerator="cuda",
+            devices=1,
+            max_epochs=2,
+            precision=precision,
+            deterministic="warn",
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=callbacks,
+        )
+        trainer.fit(module, data)
+        trainer.test(module, data, verbose=False)
+        return {name: value.cpu() for name, value in module.state_dict().items()}
+
+    monitor, audit, fold = ActivationMonitor(every_n_steps=5), BatchNormAudit(max_batches=4), FoldBatchNorm()
+    watched, bare = train([monitor, audit, fold]), train([])
+    for name, value in bare.items():
+        assert torch.equal(watched[name], value), name
+    assert len(audit.report.layers) == len(named_batch_norms(ResidualNetwork(**SMALL)))
+    assert {row.action for row in fold.result.rows} == {"folded-backward"}
