@@ -21,6 +21,7 @@ __all__ = [
     "LayerPopulation",
     "RecalibratedLayer",
     "RecalibrationResult",
+    "input_of",
     "population_statistics",
     "recalibrate_batch_norm",
 ]
@@ -317,10 +318,22 @@ def _input_hook(name: str, layer: _BatchNorm, observe: Callable[[str, Tensor], N
         handle.remove()
 
 
-def _forward_first(model: nn.Module, batch: Any) -> None:
+def input_of(batch: Any) -> Tensor | None:
+    """Return a batch's input: the batch itself, or the first element of a tuple or list; ``None`` if that is no tensor.
+
+    Example:
+        >>> input_of((torch.tensor(1.0), "a label"))
+        tensor(1.)
+    """
     x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(x, Tensor):
-        inside = f" whose first element is a {type(x).__name__}" if x is not batch else ""
+    return x if isinstance(x, Tensor) else None
+
+
+def _forward_first(model: nn.Module, batch: Any) -> None:
+    x = input_of(batch)
+    if x is None:
+        listed = isinstance(batch, tuple | list) and batch
+        inside = f" whose first element is a {type(batch[0]).__name__}" if listed else ""
         raise RecalibrationError(
             f"expected a batch that is a tensor or an (input, target, …) tuple, got a {type(batch).__name__}{inside}. "
             "Say how to run the model on it: forward=lambda model, batch: model(...)."

@@ -264,12 +264,12 @@ def pl_failing():
 
 
 def test_averaged_weights_are_what_is_audited():
-    from lightning.pytorch.callbacks import WeightAveraging
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="lightning 2.6 brought it")
 
     module = Lit()
     callback = BatchNormAudit(max_batches=99)
     torch.manual_seed(0)
-    fit(trainer(callback, WeightAveraging(use_buffers=False)), module, DataLoader(examples(), 8))
+    fit(trainer(callback, callbacks.WeightAveraging(use_buffers=False)), module, DataLoader(examples(), 8))
     assert callback.report == audit_batch_norm(module, DataLoader(examples(), 8))
 
 

@@ -266,7 +266,8 @@ def test_its_arguments_come_from_a_file():
     parser = ArgumentParser()
     parser.add_class_arguments(FoldBatchNorm, "fold")
     text = '{"fold": {"stages": ["predict"], "include": ["net.*"]}}'
-    callback = parser.instantiate(parser.parse_string(text)).fold
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # by jsonargparse's version
+    callback = instantiate(parser.parse_string(text)).fold
     assert (callback.stages, callback.include, callback.exclude) == (("predict",), ("net.*",), ())
 
 

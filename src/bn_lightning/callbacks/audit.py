@@ -12,6 +12,7 @@ from bn_lightning.callbacks.dataloaders import rebuilt_train_loader
 from bn_lightning.errors import AuditError, BatchNormError
 from bn_lightning.internals import logging_step
 from bn_lightning.preservation import on_device
+from bn_lightning.recalibration import input_of
 
 __all__ = ["BatchNormAudit"]
 
@@ -110,8 +111,8 @@ class BatchNormAudit(BatchNormCallback):
 
 
 def _input_of(batch: Any) -> Tensor:
-    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(x, Tensor):
+    x = input_of(batch)
+    if x is None:
         raise AuditError(
             f"expected training batches that are a tensor or an (input, target, …) tuple, got a "
             f"{type(batch).__name__}: how the network is run on it cannot be guessed. Call the function yourself "

@@ -13,6 +13,7 @@ from bn_lightning.errors import FoldError
 from bn_lightning.folding.fold import FoldResult, fold_batch_norm
 from bn_lightning.folding.report import FoldReport
 from bn_lightning.preservation import out_of_inference_mode
+from bn_lightning.recalibration import input_of
 
 __all__ = ["FoldBatchNorm"]
 
@@ -127,8 +128,8 @@ class FoldBatchNorm(BatchNormCallback):
     def _on_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, stage: str) -> None:
         if not self._due(trainer, stage):
             return
-        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(inputs, Tensor):
+        inputs = input_of(batch)
+        if inputs is None:
             raise FoldError(
                 f"FoldBatchNorm cannot tell the inputs of {type(pl_module).__name__}.forward from a batch of type "
                 f"{type(batch).__name__} (expected a tensor, or a tuple or list that begins with one). Set "
