@@ -3,9 +3,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CONSTRAINTS := tests/constraints.txt
 
-.PHONY: demo test test-all check bench readme clean
+.PHONY: demo test check bench clean
 
-demo: .venv/installed  ## train on real digits with every callback, show what it found (about a minute)
+demo: .venv/installed  ## train on real digits with every callback, show what it found (one to two minutes)
 	$(BIN)/bn-lightning demo
 
 test: .venv/installed  ## the whole test suite

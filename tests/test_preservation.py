@@ -70,6 +70,70 @@ def test_an_untouched_buffer_is_not_written(model):
     loss.backward()  # raises if a buffer it saved had been written
 
 
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        pytest.param(torch.eye(3).to_sparse(), id="sparse"),
+        pytest.param(torch.empty(2, device="meta"), id="meta"),
+        pytest.param(torch.ones(2, dtype=torch.complex64), id="complex"),
+        pytest.param(torch.tensor([True]), id="bool"),
+    ],
+)
+def test_unusual_buffers_do_not_keep_the_rest_from_coming_back(model, buffer):
+    before = fingerprint(model)
+    model.register_buffer("unusual", buffer)
+    with preserved(model):
+        disturb(model)
+    del model.unusual
+    assert fingerprint(model) == before
+
+
+def test_a_resized_or_cast_buffer_comes_back():
+    layer = nn.BatchNorm1d(3)
+    layer.register_buffer("cache", torch.arange(4.0))
+    cache = layer.cache
+    with preserved(layer):
+        layer.cache.resize_(9).fill_(1)
+        layer.running_mean.data = layer.running_mean.double() + 1
+    assert layer.cache is cache
+    assert layer.cache.tolist() == [0, 1, 2, 3]
+    assert layer.running_mean.dtype == torch.float32
+
+
+def test_one_restoration_that_fails_does_not_skip_the_others(model):
+    before = fingerprint(model)
+
+    class Stubborn(nn.Module):
+        fails = False
+
+        def __setattr__(self, name, value):
+            if self.fails:
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    stubborn = Stubborn()
+    whole = nn.ModuleList([model, stubborn, nn.BatchNorm1d(2)])
+
+    def borrow():
+        with preserved(whole):
+            disturb(model)
+            whole[2].momentum = 0.9
+            Stubborn.fails = True
+
+    with pytest.raises(KeyboardInterrupt):
+        borrow()
+    assert whole[2].momentum == 0.1
+    assert fingerprint(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_buffer_is_refused_before_anything_is_touched(model):
+    model.register_buffer("ragged", torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]))
+    with pytest.raises(BatchNormError, match="buffer 'ragged' is nested"), preserved(model):
+        pass
+    assert model[0].weight.grad is not None
+
+
 def test_a_lazy_module_is_refused_by_name():
     with (
         pytest.raises(BatchNormError, match=r"'0\.weight' is uninitialized.*forward pass first"),

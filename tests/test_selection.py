@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from bn_lightning.errors import BatchNormError, FoldError
-from bn_lightning.selection import named_batch_norms, require_batch_norms, select_modules, unwrap
+from bn_lightning.selection import failing_layer, named_batch_norms, require_batch_norms, select_modules, unwrap
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(net):
 
 
 def test_a_bare_string_is_an_error(net):
-    with pytest.raises(BatchNormError, match=r"write \('stem\*',\)"):
+    with pytest.raises(BatchNormError, match=r"write \['stem\*'\]"):
         named_batch_norms(net, include="stem*")
 
 
@@ -59,3 +59,16 @@ def test_wrappers_are_looked_through(net):
     layer = nn.BatchNorm1d(2)
     assert unwrap(torch.compile(nn.DataParallel(layer), backend="eager")) is layer
     assert unwrap(layer) is layer
+
+
+def test_the_layer_an_exception_came_through_is_named():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
+    with pytest.raises(RuntimeError) as raised:
+        model(torch.zeros(1, 2))
+    assert failing_layer(model, raised.value) == "1.1"
+    assert failing_layer(nn.Linear(2, 2), raised.value) is None
+
+
+def test_something_that_is_no_module_is_refused():
+    with pytest.raises(BatchNormError, match=r"expected a torch\.nn\.Module as the model, got a str"):
+        unwrap("resnet18")

@@ -1,8 +1,10 @@
 """Training with every callback attached is bitwise the training without, and an exception changes nothing."""
 
 import hashlib
+import random
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -90,7 +92,7 @@ def fingerprint(module, trainer):
     return {
         "weights": {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in state.items()},
         "momentum": [entry["momentum_buffer"].tolist() for entry in optimizer.values()],
-        "rng": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+        "rng": (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()),
         "modes": [m.training for m in module.modules()],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()],
     }

@@ -1,6 +1,6 @@
 """One family of errors: what went wrong, where, and what to do about it."""
 
-__all__ = ["AuditError", "BatchNormError", "ConversionError", "FoldError", "RecalibrationError"]
+__all__ = ["AuditError", "BatchNormError", "ConversionError", "FoldError", "RecalibrationError", "first_line"]
 
 
 class BatchNormError(ValueError):
@@ -21,3 +21,14 @@ class AuditError(BatchNormError):
 
 class RecalibrationError(BatchNormError):
     """Population statistics cannot be measured with what was given."""
+
+
+def first_line(exception: BaseException) -> str:
+    """Tell an exception in one line: its type, and its cause's message if there is a cause.
+
+    Example:
+        >>> first_line(KeyError("weight"))
+        "KeyError: 'weight'"
+    """
+    exception = exception.__cause__ or exception
+    return f"{type(exception).__name__}: {(str(exception).strip() or 'no message').splitlines()[0]}"

@@ -1,22 +1,23 @@
-"""Every private torch or Lightning name in use, each with its fallback."""
+"""Every private torch or Lightning name in use; `tests/test_internals.py` names the one that vanishes.
+
+`torch.nn.modules.batchnorm._BatchNorm`, which every BatchNorm layer is, and the documented ``_buffers``, ``_modules``
+and ``_version`` are used where they are needed.
+"""
 
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd as DropoutBase
+from torch.nn.modules.loss import _Loss as LossBase
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["compiled_original", "hooks_on", "logging_step", "should_log_now"]
+__all__ = ["DropoutBase", "LossBase", "TorchDispatchMode", "compiled_original", "hooks_on", "logging_step"]
 
 
 def compiled_original(model: nn.Module) -> nn.Module | None:
     """Return the module behind ``torch.compile(model)``, else ``None`` (``_orig_mod``)."""
     inner = model.__dict__.get("_modules", {}).get("_orig_mod")
     return inner if isinstance(inner, nn.Module) else None
-
-
-def should_log_now(trainer: Any) -> bool:
-    """Tell whether Lightning's own loggers write at this step (``_logger_connector.should_update_logs``)."""
-    connector = getattr(trainer, "_logger_connector", None)
-    return bool(getattr(connector, "should_update_logs", True))
 
 
 def logging_step(trainer: Any) -> int:

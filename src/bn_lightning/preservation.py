@@ -3,7 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from bn_lightning.errors import BatchNormError
 
-__all__ = ["in_float64", "on_device", "out_of_inference_mode", "preserved", "preserved_rng"]
+__all__ = ["eagerly", "in_float64", "on_device", "out_of_inference_mode", "preserved", "preserved_rng"]
 
 _BN_SETTINGS = ("momentum", "eps", "affine", "track_running_stats")
 
@@ -22,12 +22,14 @@ _BN_SETTINGS = ("momentum", "eps", "affine", "track_running_stats")
 def preserved(model: nn.Module) -> Iterator[None]:
     """Lend the model out; afterwards put back buffers, modes, BN settings, gradients and random state.
 
-    Gradients are set aside, so that the borrower starts from none and the owner's are never added to. Buffers
-    are written in place and only where they changed, since optimizers, DDP and compiled graphs hold references.
-    Parameters are not copied: whoever writes to them has to undo it.
+    Gradients are set aside, so that the borrower starts from none and the owner's are never added to. Buffers are
+    written in place and only where they changed, since optimizers, DDP and compiled graphs hold references.
+    Parameters are not copied: whoever writes to them has to undo it. What a module keeps in plain attributes, such as
+    a counter or a metric's state, is its own matter.
 
     Raises:
-        BatchNormError: If a lazy module has not seen its first batch; the forward pass would change the model.
+        BatchNormError: If a lazy module has not seen its first batch, since the forward pass would change the model,
+            or if a buffer is of a kind whose value cannot be kept (quantized or nested).
 
     Example:
         >>> bn = nn.BatchNorm1d(2)
@@ -36,34 +38,25 @@ def preserved(model: nn.Module) -> Iterator[None]:
         >>> bn.running_mean
         tensor([0., 0.])
     """
-    _refuse_lazy(model)
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    settings = [
-        {name: getattr(module, name) for name in _BN_SETTINGS} if isinstance(module, _BatchNorm) else {}
-        for module in modules
-    ]
-    buffers = [{name: _Snapshot(buffer) for name, buffer in module._buffers.items()} for module in modules]
+    _refuse_what_cannot_be_kept(model)
     parameters = list(model.parameters())
-    gradients = [parameter.grad for parameter in parameters]
-    trainable = [parameter.requires_grad for parameter in parameters]
-    with preserved_rng(*{tensor.device for tensor in (*parameters, *model.buffers())}):
-        try:
-            for parameter in parameters:
-                parameter.grad = None
-            yield
-        finally:
-            for module, mode, setting, kept in zip(modules, modes, settings, buffers, strict=True):
-                module.training = mode  # not .train(mode): it recurses into frozen children
-                for name, value in setting.items():
-                    setattr(module, name, value)
-                restored = {name: snapshot.restore() for name, snapshot in kept.items()}
-                if isinstance(module._buffers, dict):  # a TorchScript module's is a view that cannot be rebound
-                    module._buffers.clear()
-                    module._buffers.update(restored)
-            for parameter, gradient, requires_grad in zip(parameters, gradients, trainable, strict=True):
-                parameter.grad = gradient
-                parameter.requires_grad_(requires_grad)
+    # One step a callback: an error or a second interrupt in one of them does not skip the others.
+    with ExitStack() as stack:
+        stack.enter_context(preserved_rng(*{tensor.device for tensor in (*parameters, *model.buffers())}))
+        for parameter in parameters:
+            stack.callback(_hand_back, parameter, parameter.grad, parameter.requires_grad)
+        for module in model.modules():
+            kept = {name: _Snapshot(buffer) for name, buffer in module._buffers.items()}
+            stack.callback(_rebind, module, {name: snapshot.buffer for name, snapshot in kept.items()})
+            for snapshot in kept.values():
+                stack.callback(snapshot.restore)
+            if isinstance(module, _BatchNorm):
+                for setting in _BN_SETTINGS:
+                    stack.callback(setattr, module, setting, getattr(module, setting))
+            stack.callback(setattr, module, "training", module.training)  # not .train(): it recurses
+        for parameter in parameters:
+            parameter.grad = None
+        yield
 
 
 @contextmanager
@@ -106,14 +99,12 @@ def in_float64(model: nn.Module) -> Iterator[None]:
         torch.float32
     """
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
-    storages = [tensor.data for tensor in tensors]
-    try:
+    with ExitStack() as stack:
+        for tensor in tensors:
+            stack.callback(setattr, tensor, "data", tensor.data)
         for tensor in tensors:
             tensor.data = tensor.data.double()
         yield
-    finally:
-        for tensor, storage in zip(tensors, storages, strict=True):
-            tensor.data = storage
 
 
 @contextmanager
@@ -131,20 +122,17 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     parameters = list(model.parameters())
     moving = [tensor for tensor in (*parameters, *model.buffers()) if tensor.device != device]
-    storages = [tensor.data for tensor in moving]
-    # A gradient cannot be attached to a parameter on another device.
-    gradients = [parameter.grad for parameter in parameters]
-    try:
+    with ExitStack() as stack:
+        for parameter in parameters:
+            # A gradient cannot be attached to a parameter on another device.
+            stack.callback(setattr, parameter, "grad", parameter.grad)
+        for tensor in moving:
+            stack.callback(setattr, tensor, "data", tensor.data)
         for parameter in parameters:
             parameter.grad = None
         for tensor in moving:
             tensor.data = tensor.data.to(device)
         yield
-    finally:
-        for tensor, storage in zip(moving, storages, strict=True):
-            tensor.data = storage
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
 
 
 @contextmanager
@@ -157,6 +145,12 @@ def out_of_inference_mode() -> Iterator[None]:
         yield
 
 
+def eagerly() -> AbstractContextManager[Any]:
+    """Run compiled modules as they are written: code compiled before a hook was added never calls it."""
+    # Importing dynamo costs seconds, and where it was not imported nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 class _Snapshot:
     """A buffer and its value."""
 
@@ -164,19 +158,39 @@ class _Snapshot:
         self.buffer = buffer
         self.value = None if buffer is None else buffer.detach().clone()
 
-    def restore(self) -> Tensor | None:
-        if self.buffer is None or self.value is None:
-            return self.buffer
-        # Compared by bits, since BN's kernel bumps no version. An unchanged buffer is not written: that would
-        # break a backward pass that still needs its present version.
-        if not torch.equal(_bits(self.buffer), _bits(self.value)):
-            with torch.no_grad():
+    def restore(self) -> None:
+        if self.buffer is None or self.value is None or _same_bits(self.buffer, self.value):
+            return
+        with torch.no_grad():
+            if self.buffer.shape == self.value.shape and self.buffer.dtype == self.value.dtype:
                 self.buffer.copy_(self.value)
-        return self.buffer
+            else:  # the borrower resized or cast it
+                self.buffer.data = self.value
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Compare by bits, since BN's kernel bumps no version.
+
+    An unchanged buffer is not written: that would break a backward pass that still needs its present version.
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.device.type == "meta":
+        return True
+    if one.layout != torch.strided:
+        return False  # sparse: written in any case
+    return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def _rebind(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
+    if isinstance(module._buffers, dict):  # a TorchScript module's is a view that cannot be rebound
+        module._buffers.clear()
+        module._buffers.update(buffers)
+
+
+def _hand_back(parameter: nn.Parameter, gradient: Tensor | None, requires_grad: bool) -> None:
+    parameter.grad = gradient
+    parameter.requires_grad_(requires_grad)
 
 
 def _remember(get: Callable[[], Any], put: Callable[[Any], object]) -> Callable[[], object]:
@@ -195,9 +209,16 @@ def _device_rng(device: torch.device) -> Callable[[], object]:
     return lambda: backend.set_rng_state(state, device)
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def _refuse_what_cannot_be_kept(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise BatchNormError(
                 f"{name!r} is uninitialized: its lazy module has not seen data. Run one forward pass first."
+            )
+    for name, buffer in model.named_buffers():
+        if buffer.is_quantized or buffer.is_nested:
+            kind = "quantized" if buffer.is_quantized else "nested"
+            raise BatchNormError(
+                f"the buffer {name!r} is {kind}: its value cannot be kept and put back, and the model would not come "
+                "back as it was. Give the part of the model that does not hold it, or a float copy."
             )

@@ -1,8 +1,7 @@
 """Population statistics: measure them as Algorithm 2 does, and write them into the running statistics."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
@@ -11,17 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_lightning.errors import RecalibrationError
+from bn_lightning.errors import BatchNormError, RecalibrationError, first_line
 from bn_lightning.functional import ChannelMoments, batch_moments, channel_gap, layer_gap
-from bn_lightning.preservation import out_of_inference_mode, preserved
+from bn_lightning.preservation import eagerly, out_of_inference_mode, preserved
 from bn_lightning.reports.table import Table
-from bn_lightning.selection import describe, named_batch_norms, require_batch_norms, unwrap
+from bn_lightning.selection import describe, failing_layer, named_batch_norms, require_batch_norms, unwrap
 
 __all__ = [
     "LayerPopulation",
     "RecalibratedLayer",
     "RecalibrationResult",
-    "input_of",
     "population_statistics",
     "recalibrate_batch_norm",
 ]
@@ -162,7 +160,7 @@ def population_statistics(
         moments, calls = seen.get(name, (new, 0))
         seen[name] = (moments.merge(new) if calls else new, calls + 1)
 
-    with preserved(model), out_of_inference_mode(), _eager(), ExitStack() as hooks:
+    with preserved(model), out_of_inference_mode(), eagerly(), ExitStack() as hooks:
         for module in model.modules():
             module.training = False  # not .eval(): an overridden .train() may rebuild the module
         for name in layers.keys() - frozen:
@@ -318,20 +316,9 @@ def _input_hook(name: str, layer: _BatchNorm, observe: Callable[[str, Tensor], N
         handle.remove()
 
 
-def input_of(batch: Any) -> Tensor | None:
-    """Return a batch's input: the batch itself, or the first element of a tuple or list; ``None`` if that is no tensor.
-
-    Example:
-        >>> input_of((torch.tensor(1.0), "a label"))
-        tensor(1.)
-    """
-    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    return x if isinstance(x, Tensor) else None
-
-
 def _forward_first(model: nn.Module, batch: Any) -> None:
-    x = input_of(batch)
-    if x is None:
+    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(x, Tensor):
         listed = isinstance(batch, tuple | list) and batch
         inside = f" whose first element is a {type(batch[0]).__name__}" if listed else ""
         raise RecalibrationError(
@@ -339,7 +326,18 @@ def _forward_first(model: nn.Module, batch: Any) -> None:
             "Say how to run the model on it: forward=lambda model, batch: model(...)."
         )
     first = next(chain(model.parameters(), model.buffers()), x)
-    model(_cloned_from_inference(x).to(first.device))
+    try:
+        model(_cloned_from_inference(x).to(first.device))
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, BatchNormError | torch.OutOfMemoryError):
+            raise
+        layer = failing_layer(model, error)
+        raise RecalibrationError(
+            f"{type(model).__name__} cannot be run on an input of shape {tuple(x.shape)} and dtype {x.dtype}"
+            + (f"; it fails in layer {layer!r}" if layer else "")
+            + f" with {first_line(error)}. Give batches whose first element fits its forward, or say how to run it: "
+            "forward=lambda model, batch: model(...)."
+        ) from error
 
 
 def _cloned_from_inference(batch: Any) -> Any:
@@ -351,11 +349,6 @@ def _cloned_from_inference(batch: Any) -> Any:
     if type(batch) is dict:
         return {key: _cloned_from_inference(value) for key, value in batch.items()}
     return batch
-
-
-def _eager() -> AbstractContextManager[Any]:
-    # Code compiled before a hook was added never calls it. Importing dynamo costs seconds, so only if it is there.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _batches(count: int) -> str:

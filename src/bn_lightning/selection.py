@@ -1,5 +1,6 @@
 """Pick layers by name pattern or type, and look through wrappers such as DDP and ``torch.compile``."""
 
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
@@ -10,17 +11,30 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from bn_lightning.errors import BatchNormError
 from bn_lightning.internals import compiled_original
 
-__all__ = ["named_batch_norms", "require_batch_norms", "select_modules", "unwrap"]
+__all__ = [
+    "as_patterns",
+    "describe",
+    "failing_layer",
+    "named_batch_norms",
+    "require_batch_norms",
+    "select_modules",
+    "unwrap",
+]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's own module inside ``torch.compile``, DDP or DataParallel wrappers.
+
+    Raises:
+        BatchNormError: If it is no module.
 
     Example:
         >>> net = nn.Linear(2, 2)
         >>> unwrap(nn.DataParallel(net)) is net
         True
     """
+    if not isinstance(model, nn.Module):
+        raise BatchNormError(f"expected a torch.nn.Module as the model, got a {type(model).__name__}.")
     while True:
         inner = compiled_original(model)
         if inner is None and isinstance(model, DistributedDataParallel | DataParallel):
@@ -56,7 +70,7 @@ def select_modules(
         >>> list(select_modules(net, include=("1",)))
         ['1']
     """
-    include, exclude = _patterns(include, "include"), _patterns(exclude, "exclude")
+    include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude")
     candidates = {name: module for name, module in model.named_modules() if where(module)}
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
@@ -83,8 +97,8 @@ def named_batch_norms(
         BatchNormError: If a pattern matches no BatchNorm layer.
 
     Example:
-        >>> named_batch_norms(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
-        {'1': BatchNorm1d(2, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)}
+        >>> list(named_batch_norms(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))))
+        ['1']
     """
     picked = select_modules(model, include, exclude, where=lambda module: isinstance(module, _BatchNorm))
     return {name: module for name, module in picked.items() if isinstance(module, _BatchNorm)}
@@ -114,15 +128,38 @@ def require_batch_norms(
     return picked
 
 
-def _patterns(patterns: Iterable[str], option: str) -> tuple[str, ...]:
+def as_patterns(patterns: Iterable[str] | None, option: str) -> tuple[str, ...]:
+    """Check a list of name patterns as a user gave it; ``None`` means none.
+
+    Raises:
+        BatchNormError: If it is a bare string, which Python would take for a list of letters.
+
+    Example:
+        >>> as_patterns(["layer4.*"], "include")
+        ('layer4.*',)
+    """
     if isinstance(patterns, str):
         raise BatchNormError(
-            f"{option}= takes a list of patterns, got the bare string {patterns!r}: write ({patterns!r},)."
+            f"{option}= takes a list of patterns, got the bare string {patterns!r}: write [{patterns!r}]."
         )
-    return tuple(patterns)
+    return tuple(patterns or ())
+
+
+def failing_layer(model: nn.Module, exception: BaseException) -> str | None:
+    """Name the innermost module of the model whose forward an exception came through; ``None`` if there is none."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = None
+    for frame, _ in traceback.walk_tb(exception.__traceback__):
+        found = names.get(id(frame.f_locals.get("self")), found)
+    return found
 
 
 def describe(layers: Mapping[str, nn.Module]) -> str:
-    """Name a few layers for a message."""
+    """Name a few layers for a message.
+
+    Example:
+        >>> describe({"": nn.Identity(), "head": nn.Identity()})
+        '(root), head'
+    """
     names = [name or "(root)" for name in layers]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

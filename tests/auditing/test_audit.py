@@ -108,7 +108,10 @@ def test_worst_channels_count_by_their_share_in_the_output(healthy):
         bn.running_mean += torch.tensor([0.0, 2.0, 9.0, 0.0, 1.0, 0.5]) * sigma
     row = audit_batch_norm(healthy, data()).layers[0]
     assert [worst.channel for worst in row.worst_channels] == [4, 1, 5]
-    np.testing.assert_allclose([worst.gap for worst in row.worst_channels], [1, 2, 0.5], rtol=1e-3)
+    # In standard deviations of the layer's output, |γ|·gap over the root mean square of γ.
+    rms = np.sqrt((1 + 1 + 0 + 1 + 9 + 1) / 6)
+    np.testing.assert_allclose([worst.gap for worst in row.worst_channels], np.array([3, 2, 0.5]) / rms, rtol=1e-3)
+    assert row.gap == pytest.approx(np.sqrt((3**2 + 2**2 + 0.5**2) / 6) / rms, rel=1e-3)
 
 
 def test_too_few_updates_are_named_as_the_cause(healthy):
@@ -218,7 +221,7 @@ def test_raising_at_every_module_call_in_turn_leaves_no_trace():
         calls[0] += 1
         if calls[0] == stop[0]:
             torch.rand(3)  # random numbers drawn before the failure go back too
-            raise RuntimeError("cut")
+            raise ArithmeticError("cut")
 
     for module in model.modules():
         module.register_forward_pre_hook(tick)
@@ -229,7 +232,7 @@ def test_raising_at_every_module_call_in_turn_leaves_no_trace():
     assert total == 3 * 7
     for stop[0] in range(1, total + 1):
         calls[0] = 0
-        with pytest.raises(RuntimeError, match="cut"):
+        with pytest.raises(ArithmeticError, match="cut"):
             audit_batch_norm(model, batches)
         assert fingerprint(model, optimizer) == before
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, TensorDataset, 
 
 from bn_lightning.auditing import audit_batch_norm
 from bn_lightning.callbacks.audit import BatchNormAudit
-from bn_lightning.errors import AuditError
+from bn_lightning.errors import AuditError, BatchNormError
 from bn_lightning.preservation import on_device
 
 
@@ -209,7 +209,6 @@ def dicts(items):
     [
         pytest.param(AsDict, lambda: DataLoader(examples(), 8, collate_fn=dicts), "got a dict.*forward=", id="dict"),
         pytest.param(NoForward, LOADERS["shuffle"], "NotImplementedError.*forward=", id="no-forward"),
-        pytest.param(NoBatchNorm, LOADERS["shuffle"], "NoBatchNorm has no BatchNorm layer", id="no-bn"),
         pytest.param(Cut, LOADERS["shuffle"], "RuntimeError: cut in the audit", id="raises"),
     ],
 )
@@ -229,6 +228,52 @@ def test_an_impossible_audit_warns_and_the_training_stands(make, loader, message
         assert torch.equal(value, twin.state_dict()[key])
     with pytest.raises(AuditError, match="not possible"):
         fit(trainer(BatchNormAudit(fail_on="error")), make(), loader())
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        pytest.param(NoBatchNorm, {}, "NoBatchNorm has no BatchNorm layer", id="no-bn"),
+        pytest.param(Lit, {"include": ["nett.*"]}, r"include pattern 'nett\.\*' matches none", id="typing-error"),
+    ],
+)
+def test_what_could_never_be_audited_is_refused_before_training(make, options, message):
+    module = make()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(BatchNormError, match=message):
+        fit(trainer(BatchNormAudit(**options)), module, LOADERS["shuffle"]())
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_data_that_cannot_be_gone_through_twice_are_announced_before_training():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(examples())
+
+    class Order(pl.Callback):
+        told_before_training = None
+
+        def on_train_batch_start(self, trainer, *_):
+            if self.told_before_training is None:
+                self.told_before_training = [str(entry.message) for entry in caught]
+
+    order = Order()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(BatchNormAudit(), order).fit(Lit(), DataLoader(Stream(), 8))
+    assert any("no BatchNorm audit at the end" in told and "Stream" in told for told in order.told_before_training)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"include": "net.*"}, r"got the bare string 'net\.\*'", id="bare-string"),
+        pytest.param({"max_batches": 0}, "positive whole number, got 0", id="max-batches"),
+    ],
+)
+def test_arguments_are_checked_at_once(options, message):
+    with pytest.raises(BatchNormError, match=message):
+        BatchNormAudit(**options)
 
 
 def test_an_exception_in_training_is_not_followed_by_an_audit(capsys):

@@ -26,13 +26,13 @@ def test_it_reaches_the_accuracy_it_promises(demonstrated):
 
 
 def test_it_shows_every_room(demonstrated):
-    printed, progress, _ = demonstrated
+    printed, progress, output = demonstrated
     for layer in ("model.stem.1", "model.stages.2.1.bn2"):
         assert printed.count(layer) >= 5, layer  # watched, audited at the end and twice midway, folded
     assert "folded 15 of 15" in printed
     assert "× as fast" in printed
-    assert "tensorboard --logdir" in printed
-    before, after = re.search(r"accuracy after epoch 4: ([\d.]+), .* statistics ([\d.]+)", printed).groups()
+    assert f"tensorboard --logdir {output}" in printed
+    before, after = re.search(r"accuracy after epoch 4: (\d\.\d+), .* statistics (\d\.\d+)", printed).groups()
     assert float(after) > float(before)
     assert "Epoch 14" in progress + printed
 
@@ -54,3 +54,8 @@ def test_errors_are_one_sentence_and_no_traceback(monkeypatch):
     monkeypatch.setattr("bn_lightning.cli.demo.demo", fails)
     with pytest.raises(SystemExit, match="bn-lightning: the layer, and the cure"):
         main(["demo"])
+
+
+def test_nothing_to_show_is_said_before_anything_runs():
+    with pytest.raises(SystemExit, match="epochs must be at least 1"):
+        main(["demo", "--epochs", "0"])

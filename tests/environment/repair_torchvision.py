@@ -25,7 +25,7 @@ def repair(site: Path, import_error: Callable[[], str]) -> int:
     if error:
         print(error, file=sys.stderr)
         return 1
-    print("torchvision: its operators do not load beside this torch; declared the schemas its import asks for")
+    print("torchvision: made importable beside the CPU torch (only the tests use it)")
     return 0
 
 

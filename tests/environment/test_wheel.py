@@ -1,5 +1,6 @@
 """The wheel goes into an environment that exists already and changes nothing in it."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -9,7 +10,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*command, **options):
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
+    # Without the caller's PYTHONPATH, which could put another copy of the library first.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, env=environment, **options
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

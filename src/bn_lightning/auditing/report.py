@@ -20,7 +20,7 @@ _WORST_CHANNELS = 3
 
 @dataclass(frozen=True, slots=True)
 class ChannelGap:
-    """One channel and its gap, in standard deviations of its output."""
+    """One channel and how far its output is off, in standard deviations of the layer's output (its γ counts)."""
 
     channel: int
     gap: float
@@ -37,7 +37,7 @@ class GapRow:
     Attributes:
         name: The layer.
         gap: In standard deviations of the layer's output; nan where statistics are not finite.
-        worst_channels: Up to three, by their share in the layer's gap (γ counts), worst first.
+        worst_channels: Up to three, worst first; the layer's gap is the root mean square over all channels.
         count: Values per channel that were measured.
         reason: Why there is no gap, or what else to know about the layer, or ``None``.
     """
@@ -140,7 +140,7 @@ class AuditReport:
         return Table(
             f"BatchNorm audit of {self.model}: {_many(len(self.layers), 'layer')}, "
             f"{_many(self.batches, 'training batch')}",
-            ("layer", "gap (output std)", "worst channels", "values per channel", "note"),
+            ("layer", "gap (output std)", "worst channels (gap)", "values per channel", "note"),
             [
                 (
                     row.name or "(root)",
@@ -179,12 +179,13 @@ def gap_row(reading: LayerReading) -> GapRow:
     if reason is None and reading.population.frozen:
         reason = "frozen: it trains on its running statistics too"
     worst: tuple[ChannelGap, ...] = ()
-    if reading.channels is not None:
-        gaps = reading.channels
-        weight = reading.layer.weight
+    if reading.channels is not None and reading.gap != 0:
+        gaps, weight = reading.channels, reading.layer.weight
+        if weight is not None:
+            gamma = weight.detach().to(gaps).abs()
+            gaps = gaps * gamma / gamma.square().mean().sqrt()
         # A channel of unknown gap is worse than any other.
-        shares = (gaps if weight is None else gaps * weight.detach().abs().to(gaps)).nan_to_num(nan=math.inf)
-        order = shares.argsort(descending=True, stable=True)[:_WORST_CHANNELS].tolist()
+        order = gaps.nan_to_num(nan=math.inf).argsort(descending=True, stable=True)[:_WORST_CHANNELS].tolist()
         worst = tuple(ChannelGap(channel, float(gaps[channel])) for channel in order)
     return GapRow(reading.name, reading.gap, worst, reading.population.moments.count, reason)
 

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from bn_lightning.auditing import SEVERITIES, AuditReport, audit_batch_norm
 from bn_lightning.callbacks.base import BatchNormCallback, log_scalars
+from bn_lightning.callbacks.batches import input_of
 from bn_lightning.callbacks.dataloaders import rebuilt_train_loader
 from bn_lightning.errors import AuditError, BatchNormError
 from bn_lightning.internals import logging_step
 from bn_lightning.preservation import on_device
-from bn_lightning.recalibration import input_of
+from bn_lightning.selection import as_patterns, require_batch_norms, unwrap
 
 __all__ = ["BatchNormAudit"]
 
@@ -34,7 +35,9 @@ class BatchNormAudit(BatchNormCallback):
             not possible then raises too, while ``fast_dev_run``, whose statistics mean nothing, never does.
 
     Raises:
-        AuditError: If ``fail_on`` is none of these.
+        AuditError: If ``fail_on`` is none of these or ``max_batches`` not positive; at the start of the fit, if the
+            module has no BN layer.
+        BatchNormError: If a pattern is a bare string; at the start of the fit, if a pattern matches no BN layer.
 
     Example:
         >>> BatchNormAudit(max_batches=8, fail_on="error").fail_on
@@ -50,15 +53,25 @@ class BatchNormAudit(BatchNormCallback):
     ) -> None:
         if fail_on is not None and fail_on not in SEVERITIES:
             raise AuditError(f"fail_on must be None or one of {', '.join(map(repr, SEVERITIES))}, got {fail_on!r}.")
+        if max_batches < 1:
+            raise AuditError(f"max_batches must be a positive whole number, got {max_batches!r}.")
         self.max_batches = max_batches
-        self.include = include
-        self.exclude = exclude
+        self.include = as_patterns(include, "include")
+        self.exclude = as_patterns(exclude, "exclude")
         self.fail_on = fail_on
         self.report: AuditReport | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the report of an earlier fit."""
+        """Forget the report of an earlier fit, and refuse now what would fail when the training is done."""
         self.report = None
+        require_batch_norms(unwrap(pl_module), self.include, self.exclude, error=AuditError)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Warn now if there will be no data to audit with."""
+        try:
+            rebuilt_train_loader(trainer)
+        except BatchNormError as error:
+            warnings.warn(f"there will be no BatchNorm audit at the end of this fit: {error}", stacklevel=2)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Audit, print, log and judge."""
@@ -105,8 +118,8 @@ class BatchNormAudit(BatchNormCallback):
                 inputs(),
                 max_batches=int(min(self.max_batches, max(trainer.num_training_batches, 1))),
                 forward=forward,
-                include=self.include or (),
-                exclude=self.exclude or (),
+                include=self.include,
+                exclude=self.exclude,
             )
 
 

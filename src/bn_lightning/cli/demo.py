@@ -1,5 +1,7 @@
 """The main job, from end to end, on real data: train, watch, audit, recalibrate, fold."""
 
+import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from bn_lightning.auditing import audit_batch_norm
 from bn_lightning.callbacks import ActivationMonitor, BatchNormAudit, FoldBatchNorm
 from bn_lightning.callbacks.dataloaders import rebuilt_train_loader
+from bn_lightning.errors import BatchNormError
 from bn_lightning.folding import fold_batch_norm
 from bn_lightning.folding.speed import compare_speed
 from bn_lightning.modules import DigitsDataModule, ImageClassifier
@@ -33,9 +36,12 @@ def demo(output: str = "runs/demo", epochs: int = 15, seed: int = 0) -> None:
         epochs: Passes over the 1,257 training images.
         seed: Of the weights and of the order of the images.
     """
+    if epochs < 1:
+        raise BatchNormError(f"epochs must be at least 1 to have something to show, got {epochs}")
     # Two cores and 8 × 8 images: dataloader workers would cost more than they bring.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     pl.seed_everything(seed, verbose=False)
     data, module = DigitsDataModule(), ImageClassifier("residual")
     monitor, midway = ActivationMonitor(every_n_steps=10), _Midway(epoch=min(4, epochs))
@@ -74,8 +80,10 @@ def demo(output: str = "runs/demo", epochs: int = 15, seed: int = 0) -> None:
 
     _heading("Where everything is, and what to run next")
     print(f"heat map, layer × step:  {picture}")
-    print(f"TensorBoard:             tensorboard --logdir {output}      (Images: activations/heatmap)")
-    print("the same in your code:   python examples/quickstart.py      (README.md has the API)")
+    programs = Path(sys.executable).parent
+    print(f"TensorBoard:             {programs / 'tensorboard'} --logdir {output}")
+    print("                         (tab Images, activations/heatmap; tick 'Show actual image size')")
+    print(f"the same in your code:   {sys.executable} examples/quickstart.py")
 
 
 class _Midway(pl.Callback):

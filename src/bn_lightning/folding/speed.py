@@ -32,8 +32,8 @@ class SpeedComparison:
 
     def __str__(self) -> str:
         return (
-            f"{self.before:.2f} ms → {self.after:.2f} ms a forward pass, {self.speedup:.2f}× as fast "
-            f"(medians of {self.rounds} alternating pairs)"
+            f"{self.speedup:.2f}× as fast (median over {self.rounds} neighbouring pairs of forward passes; "
+            f"medians apart: {self.before:.2f} ms → {self.after:.2f} ms)"
         )
 
     def to_dict(self) -> dict[str, float]:

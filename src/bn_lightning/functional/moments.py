@@ -44,7 +44,7 @@ class ChannelMoments:
             tensor([3.], dtype=torch.float64)
         """
         count = self.count + other.count
-        # An empty side carries no mean; merging it by formula would spread its NaN.
+        # By formula, an infinite mean would become NaN beside an empty side, and two empty sides divide by zero.
         if other.count == 0:
             return self
         if self.count == 0:
@@ -59,14 +59,10 @@ class ChannelMoments:
         return self.m2 / max(self.count - correction, 0)
 
 
-def batch_moments(x: Tensor, *, channel_dim: int = 1) -> ChannelMoments:
+def batch_moments(x: Tensor) -> ChannelMoments:
     """Measure each channel of one batch, detached, without a host sync.
 
     Half precision is widened to float32 and integers to float64 before anything is added.
-
-    Args:
-        x: The batch.
-        channel_dim: Axis of the channels; -1 for the output of a linear layer.
 
     Raises:
         ValueError: If ``x`` has fewer than two axes.
@@ -80,19 +76,22 @@ def batch_moments(x: Tensor, *, channel_dim: int = 1) -> ChannelMoments:
     """
     if x.dim() < 2:
         raise ValueError(f"expected an (N, C, *) tensor, got shape {tuple(x.shape)}")
-    x = x.detach().movedim(channel_dim, 1)
+    x = x.detach()
     wide = accumulation_dtype(x.device)
-    count = x.numel() // max(x.shape[1], 1)
-    if count == 0 or x.shape[1] == 0:
-        empty = torch.zeros(x.shape[1], dtype=wide, device=x.device)
+    channels = x.shape[1]
+    count = x.numel() // max(channels, 1)
+    if count == 0 or channels == 0:
+        empty = torch.zeros(channels, dtype=wide, device=x.device)
         return ChannelMoments(0, empty, empty)
     if not x.is_floating_point():
         x = x.to(wide)
     elif x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
-    # About a shift, because the kernel adds in float32: at mean 1e4 and std 0.1, 1e5 values in channels_last give a
-    # variance 5,000 times too large. The first example's mean is near enough, and costs a fraction of a pass.
+    # About a shift, because the kernels round means to float32; the first example's mean is near enough.
     shift = x[0].flatten(1).mean(1) if x.dim() > 2 else x[0]
+    # Contiguous, because in channels_last and (N, C) the kernel adds in float32 along the channel: at mean 1e4 and
+    # std 0.1, 1e5 values give a variance 5,000 times too large.
+    x = x.t().contiguous()[None] if x.dim() == 2 else x.contiguous()
     x = x - shift.view(-1, *[1] * (x.dim() - 2))
     if x.device.type in ("cpu", "cuda"):
         # BN's own kernel: one pass, ten times faster on a CPU than going through float64.

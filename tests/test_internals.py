@@ -1,0 +1,47 @@
+"""The private names this library stands on, one test each: a new torch or Lightning that drops one is named here."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bn_lightning.internals import DropoutBase, LossBase, compiled_original, hooks_on, logging_step
+
+
+def test_orig_mod_of_a_compiled_module():
+    layer = nn.Linear(2, 2)
+    assert compiled_original(torch.compile(layer, backend="eager")) is layer
+    assert compiled_original(layer) is None
+
+
+def test_batches_that_stepped_of_the_epoch_loop():
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.fit_loop.epoch_loop._batches_that_stepped = 7
+    assert logging_step(trainer) == 7
+
+
+def test_generate_state_key_of_a_callback():
+    assert "9" in pl.Callback()._generate_state_key(nine=9)
+
+
+@pytest.mark.parametrize(
+    ("register", "kind"),
+    [
+        ("register_forward_pre_hook", "forward pre hooks"),
+        ("register_forward_hook", "forward hooks"),
+        ("register_full_backward_pre_hook", "backward pre hooks"),
+        ("register_full_backward_hook", "backward hooks"),
+    ],
+)
+def test_hook_tables_of_a_module(register, kind):
+    layer = nn.Linear(2, 2)
+    assert hooks_on(layer) == []
+    getattr(layer, register)(lambda *args: None)
+    assert hooks_on(layer) == [kind]
+
+
+def test_bases_of_layers():
+    assert issubclass(nn.SyncBatchNorm, _BatchNorm)
+    assert issubclass(nn.Dropout2d, DropoutBase)
+    assert issubclass(nn.CrossEntropyLoss, LossBase)
