@@ -30,3 +30,7 @@ def test_readme_blocks_run_in_order(tmp_path, monkeypatch):
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http|#)([^)]+)\)", (ROOT / "README.md").read_text()))
 def test_readme_links_lead_somewhere(link):
     assert (ROOT / link).exists()
+
+
+def test_readme_has_no_placeholder():
+    assert "@@" not in (ROOT / "README.md").read_text()
