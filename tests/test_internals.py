@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_lightning.internals import DropoutBase, LossBase, compiled_original, hooks_on, logging_step
+from bn_lightning.internals import DropoutBase, LossBase, compiled_original, hooks_on, is_compiled, logging_step
 
 
 def test_orig_mod_of_a_compiled_module():
@@ -45,3 +45,11 @@ def test_bases_of_layers():
     assert issubclass(nn.SyncBatchNorm, _BatchNorm)
     assert issubclass(nn.Dropout2d, DropoutBase)
     assert issubclass(nn.CrossEntropyLoss, LossBase)
+
+
+def test_how_a_compiled_module_is_known():
+    compiled, plain = nn.Linear(2, 2), nn.Linear(2, 2)
+    compiled.compile(backend="eager")
+    assert is_compiled(compiled)
+    assert is_compiled(torch.compile(plain, backend="eager"))
+    assert not is_compiled(plain)

@@ -11,13 +11,27 @@ from torch.nn.modules.dropout import _DropoutNd as DropoutBase
 from torch.nn.modules.loss import _Loss as LossBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["DropoutBase", "LossBase", "TorchDispatchMode", "compiled_original", "hooks_on", "logging_step"]
+__all__ = [
+    "DropoutBase",
+    "LossBase",
+    "TorchDispatchMode",
+    "compiled_original",
+    "hooks_on",
+    "is_compiled",
+    "logging_step",
+]
 
 
 def compiled_original(model: nn.Module) -> nn.Module | None:
     """Return the module behind ``torch.compile(model)``, else ``None`` (``_orig_mod``)."""
     inner = model.__dict__.get("_modules", {}).get("_orig_mod")
     return inner if isinstance(inner, nn.Module) else None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether ``torch.compile`` runs a module: wrapped, in place (``_compiled_call_impl``) or by Lightning."""
+    marks = ("_compiled_call_impl", "_compiler_ctx")
+    return compiled_original(module) is not None or any(getattr(module, mark, None) is not None for mark in marks)
 
 
 def logging_step(trainer: Any) -> int:

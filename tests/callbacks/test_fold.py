@@ -3,13 +3,14 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from bn_lightning.callbacks.fold import FoldBatchNorm
-from bn_lightning.errors import FoldError
+from bn_lightning.errors import BatchNormError, FoldError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -231,7 +232,7 @@ def test_a_module_without_forward_is_refused():
         def test_step(self, batch, batch_idx):
             self.net(batch[0])
 
-    with pytest.raises(FoldError, match="forward"):
+    with pytest.raises(FoldError, match=r"define `forward` in Stepwise.*set self\.example_input_array"):
         trainer(FoldBatchNorm()).test(Stepwise(), loader(), verbose=False)
 
 
@@ -276,3 +277,82 @@ def test_both_trainer_families_take_it(module):
     assert isinstance(FoldBatchNorm(), standalone.Callback)
     assert isinstance(FoldBatchNorm(), pl.Callback)
     assert [each for each in module.modules() if isinstance(each, _BatchNorm)]
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_bare_string_is_no_list_of_patterns(option):
+    with pytest.raises(BatchNormError, match=rf"{option}=.*\['net\.b\*'\]"):
+        FoldBatchNorm(**{option: "net.b*"})
+
+
+def features_of_an_inner_layer(module, x):
+    return F.relu(module.net[0](x)).mean()
+
+
+def an_inner_layer_beside_the_forward(module, x):
+    y = module.net[0](x)
+    module.hidden = y
+    return module(x)
+
+
+def a_branch_not_recorded(module, x):
+    return module(x) if len(module.seen) < 2 else module.net[1:](x.repeat(1, 3, 1, 1)[:, :8, :3, :3])
+
+
+def predicted_features(module, x):
+    return module.net[0](x)
+
+
+@pytest.mark.parametrize("inference_mode", [True, False], ids=["inference", "no-grad"])
+@pytest.mark.parametrize("stage", ["test", "predict", "validate"])
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        pytest.param(features_of_an_inner_layer, r"'net\.0' is read by relu", id="read"),
+        pytest.param(an_inner_layer_beside_the_forward, r"'net\.0' never reached 'net\.1'", id="leftover"),
+        pytest.param(a_branch_not_recorded, r"'net\.1' is given something else", id="branch"),
+        pytest.param(predicted_features, r"'net\.0' (is read by|never reached)", id="returned"),
+    ],
+)
+def test_a_step_that_uses_inner_layers_is_refused_and_the_cure_works(stage, step, words, inference_mode):
+    class Stepping(Classifier):
+        def step(self, batch, batch_idx):
+            self.seen.append(type(self.net[1]).__name__)
+            return step(self, batch[0])
+
+        validation_step = test_step = predict_step = step
+
+    torch.manual_seed(0)
+    module = Stepping()
+    before = bits(module)
+    with pytest.raises(FoldError, match=words) as caught:
+        getattr(trainer(FoldBatchNorm(stages=[stage]), inference_mode=inference_mode), stage)(module, loader())
+    caught.match(r"exclude=\['net\.1'\]")
+    assert set(module.seen) == {"Identity"}
+    module.__dict__.pop("hidden", None)
+    assert_same(bits(module), before)
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
+    module.seen.clear()
+    callback = FoldBatchNorm(stages=[stage], exclude=["net.1"])
+    with pytest.warns(UserWarning, match="excluded"):
+        getattr(trainer(callback, inference_mode=inference_mode), stage)(module, loader())
+
+
+def test_a_use_after_the_last_batch_is_refused(module):
+    class Late(pl.Callback):
+        def on_test_epoch_end(self, trainer, pl_module):
+            self.kept = pl_module.net[0](torch.randn(1, 3, 5, 5))
+
+    with pytest.raises(FoldError, match="never reached"):
+        trainer(Late(), FoldBatchNorm()).test(module, loader(), verbose=False)
+    assert isinstance(module.net[1], nn.BatchNorm2d)
+
+
+def test_compiled_layers_are_said_to_be_unwatched(module, capsys):
+    module.net.compile(backend="eager")
+    trainer().test(module, loader(), verbose=False)
+    expected, module.outputs = module.outputs, []
+    trainer(FoldBatchNorm()).test(module, loader(), verbose=False)
+    for found, reference in zip(module.outputs, expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-5)
+    assert "Not watched in this stage: 'net.1' (torch.compile runs it)." in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """What can be folded is folded, and gives the unfolded network's outputs."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from bn_lightning import fold_batch_norm, plan_fold
 
 CONVS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-AFFINE = {"affine": {}, "plain": {"affine": False}, "no-bias": {"bias": False}}
+AFFINE = {"affine": {}, "plain": {"affine": False}}
+if "bias" in inspect.signature(nn.BatchNorm2d).parameters:  # torch ≥ 2.12
+    AFFINE["no-bias"] = {"bias": False}
 
 
 def exact_outputs(model, *inputs):
@@ -239,3 +242,22 @@ def test_the_report_reads_well(small_net, images):
     assert lines[-1].startswith("folded 2 of 3; float64 error ")
     assert report.to_dict()["rows"][1]["reason"] == "nonlinear_between"
     assert "<table>" in report._repr_html_()
+
+
+def test_many_rows_of_one_reason_are_summed_up_in_print_only(randomize):
+    class Own(nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x)
+
+    body = [layer for _ in range(15) for layer in (nn.Linear(4, 4), Own(4))]
+    tail = [layer for _ in range(4) for layer in (nn.ReLU(), nn.BatchNorm1d(4))]
+    plan = plan_fold(randomize(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), *body, *tail)), torch.randn(3, 4))
+    lines = [" ".join(line.split()) for line in str(plan).splitlines()]
+    assert lines[3:8] == [
+        "1 folded-backward 0 –",
+        *(f"{index} kept – subclass: Own has a forward of its own" for index in (3, 5, 7)),
+        "… and 12 more kept – subclass: Own has a forward of its own",
+    ]
+    assert [line.split()[0] for line in lines[8:12]] == ["33", "35", "37", "39"], "four of a kind are told in full"
+    assert lines[-1] == "to fold: 1 of 20"
+    assert len(plan.rows) == len(plan.to_dict()["rows"]) == 20

@@ -171,7 +171,7 @@ def test_an_error_after_the_fold_takes_it_back(net, images, fingerprint, monkeyp
         pytest.param(
             lambda: nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)).eval(),
             (2, 5, 5, 5),
-            [r"Sequential\.forward", r"float32\[2, 5, 5, 5\]", "Pass a tensor"],
+            [r"Sequential\.forward", r"float32\[2, 5, 5, 5\]\), '0' \(Conv2d\) raised", "Pass a tensor"],
             id="misfit",
         ),
         pytest.param(
@@ -210,3 +210,52 @@ def test_frozen_norms_in_a_training_network_are_folded(randomize, images):
     net[1].eval()
     assert fold_batch_norm(net, images).report.rows[0].action == "folded-backward"
     assert not [module for module in net.modules() if isinstance(module, _BatchNorm)]
+
+
+@pytest.mark.parametrize("folded_in", [True, False], ids=["train", "eval"])
+def test_undo_follows_the_mode(randomize, images, folded_in):
+    net = randomize(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)))
+    net.training = folded_in  # the layer itself is frozen
+    result = fold_batch_norm(net, images)
+    net.train(not folded_in)
+    result.undo()
+    assert (net.training, net[1].training) == (not folded_in, not folded_in)
+
+
+@pytest.mark.parametrize("change", [nn.Module.double, nn.Module.half, nn.Module.bfloat16], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "bare"])
+def test_undo_follows_a_cast(randomize, images, change, bias):
+    net = randomize(nn.Sequential(nn.Conv2d(6, 4, 3, bias=bias), nn.BatchNorm2d(4), nn.ReLU()))
+    expected = change(copy.deepcopy(net)).state_dict()
+    result = fold_batch_norm(net, images)
+    change(net)
+    with result.unfolded():
+        assert {key: value.dtype for key, value in net.state_dict().items()} == {
+            key: value.dtype for key, value in expected.items()
+        }
+    result.undo()
+    assert list(net.state_dict()) == list(expected)
+    assert all(torch.equal(value, expected[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_undo_follows_a_move(randomize, images):
+    net = randomize(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)))
+    expected = net(images)
+    result = fold_batch_norm(net, images)
+    net.cuda()
+    result.undo()
+    torch.testing.assert_close(net(images.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_folding_again_says_so(net, images):
+    fold_batch_norm(net, images)
+    with pytest.raises(FoldError, match=r"already folded\?"):
+        fold_batch_norm(net, images)
+
+
+@pytest.mark.parametrize("function", [fold_batch_norm, plan_fold], ids=["fold", "plan"])
+def test_arguments_the_wrong_way_round(small_net, images, function):
+    with pytest.raises(BatchNormError, match=r"expected a torch\.nn\.Module.*Tensor"):
+        function(images, small_net)

@@ -87,6 +87,8 @@ def test_a_comparison_that_proves_nothing_fails(randomize, images, end, words):
     report = fold_batch_norm(net, images).report
     assert (report.rows[0].reason, report.verified_in) == ("unverified", "nothing folded")
     assert words in report.rows[0].detail
+    assert report.summary == "folded 0 of 1", "no errors of a fold that is none"
+    assert (report.native_error_before, report.native_error_after) == (None, None)
     assert isinstance(net.bn, nn.BatchNorm2d)
 
 

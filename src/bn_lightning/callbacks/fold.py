@@ -1,6 +1,7 @@
 """Fold BatchNorm while the Trainer tests, predicts or validates, and give the network back afterwards."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from bn_lightning.callbacks.base import BatchNormCallback
+from bn_lightning.callbacks.batches import input_of
 from bn_lightning.errors import FoldError
 from bn_lightning.folding.fold import FoldResult, fold_batch_norm
+from bn_lightning.folding.guard import FoldGuard
 from bn_lightning.folding.report import FoldReport
 from bn_lightning.preservation import out_of_inference_mode
-from bn_lightning.recalibration import input_of
+from bn_lightning.selection import as_patterns
 
 __all__ = ["FoldBatchNorm"]
 
@@ -27,6 +30,10 @@ class FoldBatchNorm(BatchNormCallback):
     one, else those of the stage's first batch: the batch itself if it is a tensor, or its first element. What was
     folded is printed once, on rank zero. Training, and checkpoints saved at any time, hold the unfolded network.
 
+    A step may use inner layers directly, or take a branch that was not recorded. Where that touches what a folded
+    layer gives, the stage fails and names the layers, rather than go on with other numbers. Layers that
+    ``torch.compile`` runs are not watched in this way; the printed report names them.
+
     Args:
         stages: Entry points to fold in: ``test``, ``predict`` and ``validate``. The validation inside ``fit`` is
             never folded.
@@ -38,7 +45,8 @@ class FoldBatchNorm(BatchNormCallback):
 
     Raises:
         FoldError: At the stage's start, if the module has no BatchNorm layer, or its ``forward`` cannot take the
-            inputs.
+            inputs. During the stage, if a step uses a folded pair in a way that the recorded ``forward`` does not.
+        BatchNormError: If ``include`` or ``exclude`` is a bare string.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[FoldBatchNorm(stages=["test"])], logger=False, accelerator="cpu",
@@ -58,10 +66,11 @@ class FoldBatchNorm(BatchNormCallback):
         if unknown:
             raise FoldError(f"stages= takes a list of {', '.join(map(repr, _STAGES))}; got {unknown[0]!r}.")
         self.stages = tuple(stages)
-        self.include = tuple(include or ())
-        self.exclude = tuple(exclude or ())
+        self.include = as_patterns(include, "include")
+        self.exclude = as_patterns(exclude, "exclude")
         self.result: FoldReport | None = None
         self._folded: FoldResult | None = None
+        self._guard: FoldGuard | None = None
         self._state_dict_hooks: ExitStack | None = None
 
     @override
@@ -95,16 +104,28 @@ class FoldBatchNorm(BatchNormCallback):
         self._on_batch(trainer, pl_module, batch, "validate")
 
     @override
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        self._check()
+
+    @override
+    def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        self._check()
+
+    @override
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        self._check()
+
+    @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore()
+        self._finish()
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore()
+        self._finish()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore()
+        self._finish()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -139,9 +160,18 @@ class FoldBatchNorm(BatchNormCallback):
         self._fold(trainer, pl_module, inputs)
 
     def _fold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, inputs: Any) -> None:
-        self._folded = fold_batch_norm(pl_module, inputs, include=self.include, exclude=self.exclude)
+        try:
+            self._folded = fold_batch_norm(pl_module, inputs, include=self.include, exclude=self.exclude)
+        except FoldError as error:
+            if error.__cause__ is None:  # not forward that failed
+                raise
+            raise FoldError(
+                f"{error} FoldBatchNorm records forward: define `forward` in {type(pl_module).__name__}, and if it "
+                "takes anything but the first element of a batch, set self.example_input_array in __init__."
+            ) from error
         self._state_dict_hooks = _unfold_state_dict(pl_module, self._folded)
-        self.result = self._folded.report
+        self._guard = self._folded.guarded()
+        self.result = _with_unwatched(self._folded.report, self._guard)
         if trainer.is_global_zero:
             print(f"\n{self.result}")  # on a line of its own, below the progress bar
         if all(row.action == "kept" for row in self.result.rows):
@@ -151,12 +181,31 @@ class FoldBatchNorm(BatchNormCallback):
                 f"{first.reason}: {first.detail}. print(callback.result) lists them all."
             )
 
+    def _check(self) -> None:
+        if self._guard is not None:
+            self._guard.check()
+
+    def _finish(self) -> None:
+        try:
+            self._check()
+        finally:
+            self._restore()
+
     def _restore(self) -> None:
+        if self._guard is not None:
+            self._guard.close()
         if self._state_dict_hooks is not None:
             self._state_dict_hooks.close()
         if self._folded is not None:
             self._folded.undo()
-        self._state_dict_hooks = self._folded = None
+        self._guard = self._state_dict_hooks = self._folded = None
+
+
+def _with_unwatched(report: FoldReport, guard: FoldGuard) -> FoldReport:
+    unwatched = [f"{name!r} ({why})" for name, why in guard.unwatched.items()]
+    more = f" and {len(unwatched) - 3} more" if len(unwatched) > 3 else ""
+    said = f"Not watched in this stage: {', '.join(unwatched[:3])}{more}." if unwatched else ""
+    return replace(report, note=" ".join(filter(None, [report.note, said])))
 
 
 def _unfold_state_dict(module: nn.Module, folded: FoldResult) -> ExitStack:

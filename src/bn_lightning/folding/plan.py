@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from bn_lightning.errors import FoldError
-from bn_lightning.folding.guards import Kept, Scene, decide
+from bn_lightning.folding.decide import Kept, Scene, decide
 from bn_lightning.folding.report import FoldPair, FoldPlan, FoldRow
 from bn_lightning.preservation import out_of_inference_mode
 from bn_lightning.selection import describe, named_batch_norms, require_batch_norms, unwrap
@@ -75,6 +75,11 @@ def require_foldable(network: nn.Module) -> None:
     Raises:
         FoldError: If there is no BatchNorm layer, the network is in training mode, or it holds no data.
     """
+    if not named_batch_norms(network) and any(isinstance(module, nn.Identity) for module in network.modules()):
+        raise FoldError(
+            f"{type(network).__name__} has no BatchNorm layer, but holds torch.nn.Identity (already folded?). "
+            "Pass a network that has BatchNorm layers; result.undo() of the first fold brings them back."
+        )
     norms = require_batch_norms(network, error=FoldError)
     training = {name: bn for name, bn in norms.items() if bn.training}
     if network.training and training:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bn_lightning.reports.table import Table
+from bn_lightning.reports.table import Cell, Table
 
 __all__ = ["REASONS", "FoldPair", "FoldPlan", "FoldReport", "FoldRow"]
 
@@ -30,6 +30,10 @@ REASONS = {
     "overflow": "the folded weights leave the range of their dtype",
     "unverified": "with it folded the outputs differed",
 }
+
+
+# More rows than this that stay for one reason are told by the first few and their number.
+_MANY, _FEW = 12, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class FoldPair:
         bias: Qualified name of the bias, which is made if it is ``None`` now.
         kind: ``conv, conv_transpose`` or ``linear``.
         groups: Of the convolution, else 1.
+        called: Whether calling the producer returns the very value that is normalized; a module that owns the
+            weight and does more with it, like one that calls the BatchNorm layer itself, does not.
     """
 
     batch_norm: str
@@ -70,6 +76,7 @@ class FoldPair:
     bias: str
     kind: str
     groups: int
+    called: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,7 @@ class FoldPlan:
     pairs: tuple[FoldPair, ...] = field(repr=False)
 
     def table(self) -> Table:
-        """One row a BatchNorm layer."""
+        """One row a BatchNorm layer; many that stay for the same reason are summed up."""
         return _table("fold plan", self.rows, [f"to fold: {_share(self.rows)}"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,7 +145,7 @@ class FoldReport:
         return "; ".join(parts)
 
     def table(self) -> Table:
-        """One row a BatchNorm layer, the summary below."""
+        """One row a BatchNorm layer, the summary below; many that stay for the same reason are summed up."""
         return _table("folded batch norms", self.rows, [self.summary, *filter(None, [self.note])])
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,8 +164,22 @@ def _share(rows: Sequence[FoldRow]) -> str:
 
 
 def _table(title: str, rows: Sequence[FoldRow], notes: Sequence[str]) -> Table:
-    shown = [
-        (row.name or "(root)", row.action, row.into, f"{row.reason}: {row.detail}" if row.reason else None)
-        for row in rows
-    ]
+    groups: dict[str, list[FoldRow]] = {}
+    for row in rows:
+        groups.setdefault(row.reason, []).append(row)
+    many = {reason: group for reason, group in groups.items() if reason and len(group) > _MANY}
+    shown: list[tuple[Cell, ...]] = []
+    for row in rows:
+        group = many.get(row.reason, [row])
+        if row in group[:_FEW]:
+            why = f"{row.reason}: {row.detail}" if row.reason else None
+            shown.append((row.name or "(root)", row.action, row.into, why))
+        if row is group[min(_FEW, len(group)) - 1] and len(group) > _FEW:
+            shown.append(_summed_up(group[_FEW:]))
     return Table(title, ("layer", "action", "into", "why it stays"), shown, notes)
+
+
+def _summed_up(rows: Sequence[FoldRow]) -> tuple[Cell, ...]:
+    details = {row.detail for row in rows}
+    why = details.pop() if len(details) == 1 else REASONS[rows[0].reason]
+    return f"… and {len(rows)} more", rows[0].action, None, f"{rows[0].reason}: {why}"

@@ -22,11 +22,17 @@ class Surgery:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._ways_back: dict[FoldPair, list[Callable[[], object]]] = {}
+        # The same one every time: a hook on it outlives `FoldResult.unfolded`.
+        self._stand_ins: dict[FoldPair, nn.Identity] = {}
 
     @property
     def pairs(self) -> tuple[FoldPair, ...]:
         """What is folded at present."""
         return tuple(self._ways_back)
+
+    def is_folded(self, pair: FoldPair) -> bool:
+        """Tell whether a pair is folded at present."""
+        return pair in self._ways_back
 
     def fold(self, pair: FoldPair) -> None:
         """Fold one pair; its BatchNorm layer becomes ``torch.nn.Identity`` wherever it is registered."""
@@ -36,7 +42,8 @@ class Surgery:
             for name, value in zip((pair.weight, pair.bias), folded, strict=True):
                 self._write(name, value, back, trainable=_trainable(owned_tensor(self.model, pair.weight)))
             bn = self.model.get_submodule(pair.batch_norm)
-            identity = nn.Identity().train(bn.training)
+            identity = self._stand_ins.setdefault(pair, nn.Identity()).train(bn.training)
+            back.append(_follower(bn, identity, self.model, pair.weight))
             for parent in list(self.model.modules()):
                 for key, child in list(parent._modules.items()):
                     if child is bn:
@@ -78,6 +85,24 @@ def _tensor_restorer(module: nn.Module, key: str, tensor: Tensor | None) -> Call
         setattr(module, key, tensor)
 
     return restore
+
+
+def _follower(bn: nn.Module, identity: nn.Module, model: nn.Module, weight: str) -> Callable[[], object]:
+    """Make the layer follow what happened to the model meanwhile: ``.train()``, ``.to()``, ``.half()``."""
+    before = owned_tensor(model, weight)
+    assert before is not None
+    device, dtype = before.device, before.dtype
+
+    def follow() -> None:
+        bn.training = identity.training
+        now = owned_tensor(model, weight)
+        assert now is not None
+        if now.device != device:
+            bn.to(now.device)
+        if now.dtype != dtype:
+            bn.to(now.dtype)
+
+    return follow
 
 
 def _slot_restorer(parent: nn.Module, key: str, child: nn.Module) -> Callable[[], object]:

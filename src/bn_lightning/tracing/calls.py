@@ -1,16 +1,17 @@
 """Example inputs as users give them, as one list of forward calls."""
 
 import inspect
-import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from bn_lightning.errors import BatchNormError
+from bn_lightning.errors import BatchNormError, first_line
+from bn_lightning.preservation import eagerly
+from bn_lightning.selection import failing_layer
 from bn_lightning.tracing.nested import map_tensors
 
 __all__ = ["ExampleCall", "example_calls"]
@@ -48,12 +49,14 @@ class ExampleCall:
             BatchNormError: Of the given class, if forward raises; it says what was given and what forward takes.
         """
         try:
-            with _eager():
+            with eagerly():
                 return model(*self.args, **(self.kwargs or {}))
         except Exception as exception:
+            layer = failing_layer(model, exception)
+            where = f"{layer!r} ({type(model.get_submodule(layer)).__name__})" if layer else "it"
             raise error(
                 f"{type(model).__name__}.forward{_signature(model)} could not run on example_inputs: given {self}, "
-                f"it raised {type(exception).__name__}: {_first_line(exception)}. Pass a tensor, a tuple of "
+                f"{where} raised {first_line(exception).rstrip('.')}. Pass a tensor, a tuple of "
                 "positional arguments, a dict of keyword arguments, or a list of those for several calls."
             ) from exception
 
@@ -86,11 +89,6 @@ def example_calls(example_inputs: Any, *, error: type[BatchNormError] = BatchNor
     return calls
 
 
-def _eager() -> AbstractContextManager[Any]:
-    # Where dynamo was never imported nothing is compiled, and importing it costs seconds.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
 def _one_call(item: Any, error: type[BatchNormError]) -> ExampleCall:
     if isinstance(item, Tensor):
         return ExampleCall((item,))
@@ -98,6 +96,8 @@ def _one_call(item: Any, error: type[BatchNormError]) -> ExampleCall:
         return ExampleCall(item)
     if isinstance(item, Mapping):
         return ExampleCall((), dict(item))
+    if isinstance(item, DataLoader):
+        raise error("example_inputs is a DataLoader: take the inputs of one batch, such as next(iter(loader))[0].")
     raise error(
         "example_inputs takes a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of "
         f"those for several calls; got {_describe(item)}."
@@ -122,7 +122,3 @@ def _signature(model: nn.Module) -> str:
         return str(inspect.signature(model.forward))
     except (TypeError, ValueError):
         return "(…)"
-
-
-def _first_line(exception: Exception) -> str:
-    return (str(exception).strip() or "no message").splitlines()[0].rstrip(".")

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bn_lightning.errors import BatchNormError
+from bn_lightning.internals import TorchDispatchMode
 from bn_lightning.preservation import out_of_inference_mode, preserved
 from bn_lightning.selection import unwrap
 from bn_lightning.tracing.calls import example_calls
@@ -277,6 +277,10 @@ class _Functions(TorchFunctionMode):
 
 
 class _Kernels(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch imports dynamo and sympy for seconds; compiled code runs eagerly here anyway
+
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
         self.recorder = recorder

@@ -1,7 +1,7 @@
 """Decide whether one BatchNorm layer may be folded; every guard names what it saw."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
@@ -75,7 +75,8 @@ def decide(scene: Scene, name: str, bn: _BatchNorm) -> FoldPair | Kept:
             return Kept("reused", f"it normalizes the outputs of both {pairs[0].producer!r} and {pair.producer!r}")
         pairs.append(pair)
         producers.append(producer)
-    return _as_written(scene, pairs[0], producers) or _as_numbers(scene.model, pairs[0]) or pairs[0]
+    kept = _as_written(scene, pairs[0], producers) or _as_numbers(scene.model, pairs[0])
+    return kept or replace(pairs[0], called=_is_called(pairs[0], producers))
 
 
 def _as_a_module(name: str, bn: _BatchNorm) -> Kept | None:
@@ -175,6 +176,12 @@ def _pair(model: nn.Module, name: str, producer: Operation) -> FoldPair | Kept:
         kind=producer.kind,
         groups=producer.layer.groups,
     )
+
+
+def _is_called(pair: FoldPair, producers: Sequence[Operation]) -> bool:
+    """Whether the value can only have left the producer as what its forward returns."""
+    inside = not pair.producer or pair.batch_norm.startswith(f"{pair.producer}.")
+    return not inside and all(operation.module == pair.producer for operation in producers)
 
 
 def _as_written(scene: Scene, pair: FoldPair, producers: Sequence[Operation]) -> Kept | None:
