@@ -171,6 +171,38 @@ def test_micro_batches_of_one_optimizer_step_are_one_sample(tmp_path, events):
             np.testing.assert_allclose(monitor.history.values("std")[row, column], values.std(), rtol=1e-5)
 
 
+class StopsAt(pl.Callback):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or batch_idx == self.batch
+
+
+def counts(monitor):
+    return monitor.history.values("count")[0].long().tolist()
+
+
+def test_a_stop_in_the_middle_of_an_accumulation_keeps_its_sample(tmp_path):
+    monitor = ActivationMonitor(every_n_steps=1)
+    fit(tmp_path, StopsAt(4), monitor, accumulate_grad_batches=3)
+    assert monitor.history.steps == [0, 1]
+    assert counts(monitor) == [3 * BATCH * 4 * 16, 2 * BATCH * 4 * 16]
+
+
+class StopsAccumulating(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.accumulate_grad_batches = 1
+
+
+def test_a_step_that_nobody_announced_is_still_its_own_sample(tmp_path):
+    monitor = ActivationMonitor(every_n_steps=1)
+    # At the end of the first batch, of four still, the monitor runs before the other callback.
+    fit(tmp_path, monitor, StopsAccumulating(), batches=4, accumulate_grad_batches=4)
+    assert monitor.history.steps == [0, 1, 2, 3]
+    assert counts(monitor) == [BATCH * 4 * 16] * 4
+
+
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}, {"accumulate_grad_batches": 3}], ids=str)
 def test_validation_is_never_counted(tmp_path, options):
     monitor = ActivationMonitor(every_n_steps=1)
@@ -248,7 +280,8 @@ def test_a_resumed_run_continues_its_heat_map(tmp_path):
 def test_without_a_log_the_results_are_still_there(tmp_path, options):
     monitor = ActivationMonitor()
     fit(tmp_path, monitor, **options)
-    assert "activations of 5 layers" in str(monitor.table())
+    steps = monitor.history.last_step
+    assert str(monitor.table()).startswith(f"activations of 5 layers at optimizer step {steps}, in order of execution")
     assert monitor.figure().axes
 
 
@@ -282,6 +315,39 @@ def test_include_and_exclude_pick_layers(tmp_path):
     monitor = ActivationMonitor(include=["network.*"], exclude=["*.4", "*.5"])
     fit(tmp_path, monitor)
     assert monitor.history.layers == ["network.0", "network.1", "network.2"]
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_bare_string_is_refused_at_once(option):
+    with pytest.raises(BatchNormError, match=f"{option}= takes a list"):
+        ActivationMonitor(**{option: "network.*"})
+
+
+def test_a_network_without_layers_trains_on(tmp_path, events):
+    class Bare(Module):
+        def __init__(self):
+            super().__init__()
+            self.network = self.criterion = nn.Identity()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch, batch_idx):
+            return (self.weight * batch[0]).mean()
+
+        def validation_step(self, batch, batch_idx): ...
+
+    monitor = ActivationMonitor()
+    fit(tmp_path, monitor, module=Bare(), logger=events)
+    assert "there is no layer to watch" in str(monitor.table())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_torch_jit_layer_does_not_stop_the_fit(tmp_path, events):
+    module = Module()
+    module.network[4] = torch.jit.script(nn.Flatten())
+    monitor = ActivationMonitor()
+    fit(tmp_path, monitor, module=module, logger=events)
+    assert "compiled by torch.jit" in str(monitor.table())
+    assert monitor.history.steps == list(range(8))
 
 
 def test_a_pattern_that_matches_nothing_raises_at_the_start(tmp_path):

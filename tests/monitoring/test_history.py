@@ -15,6 +15,10 @@ def samples(steps, seed=0):
     return [(5 + step + torch.randn(n, 3, generator=generator)).relu() for step, n in enumerate(sizes)]
 
 
+def draw(rows, seed=0):
+    return torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed))
+
+
 def snapshot(**layers):
     return ActivationSnapshot({name: activation_statistics(x) for name, x in layers.items()}, {})
 
@@ -70,6 +74,48 @@ def test_a_restored_history_goes_on_as_if_never_stopped(tmp_path):
 def test_an_empty_history_says_so():
     with pytest.raises(BatchNormError, match="nothing was sampled"):
         ActivationHistory().figure()
+
+
+def test_a_history_without_layers_says_so():
+    history = ActivationHistory()
+    history.append(0, snapshot())
+    with pytest.raises(BatchNormError, match="nothing to draw"):
+        history.figure()
+
+
+@pytest.mark.parametrize(
+    ("steps", "lines"),
+    [
+        pytest.param([*range(20), 50, 100, 150], [19.5], id="first steps, then every 50th"),
+        pytest.param([0, 1, 2, 4, 8, 12], [2.5], id="one step in between"),
+        pytest.param([0, 10, 20, 30], [], id="one distance"),
+        pytest.param([0, 4], [], id="two samples"),
+        pytest.param([7], [], id="one sample"),
+    ],
+)
+def test_a_line_stands_where_the_distance_of_samples_changes(steps, lines):
+    history = ActivationHistory()
+    for step in steps:
+        history.append(step, snapshot(fc=torch.ones(2, 2)))
+    axes = history.figure().axes[0]
+    assert [line.get_xdata()[0] for line in axes.lines] == lines
+    assert ("white line" in axes.get_xlabel()) == bool(lines)
+
+
+@pytest.mark.parametrize(
+    ("stat", "log"),
+    [(stat, stat in ("std", "rms")) for stat in ("mean", "std", "min", "max", "rms", "zero_fraction")],
+    ids=str,
+)
+def test_what_is_drawn_is_said_once_in_words(stat, log):
+    history = ActivationHistory()
+    history.append(0, snapshot(small=0.01 * draw(9), large=draw(9)))
+    for figure in (history.figure(stat), snapshot(fc=draw(9)).figure(stat)):
+        title = figure.get_suptitle()
+        assert ("activation units" in title) == (stat != "zero_fraction")
+        assert "_" not in title
+        assert figure.axes[1].get_xlabel() == ""
+        assert (type(figure.axes[0].images[0].norm).__name__ == "LogNorm") == log
 
 
 def test_figures_mark_nonfinite_layers():

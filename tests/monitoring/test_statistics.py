@@ -87,6 +87,28 @@ def test_a_sample_far_from_the_others_does_not_cost_precision():
     check(ChannelStatistics.of(activation_statistics(x)), by_numpy(x, 1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("value", [1e34, -1e34, 2.0**113], ids="{:g}".format)
+@pytest.mark.parametrize("axis", [1, -1], ids="axis={}".format)
+def test_large_finite_values_do_not_overflow(value, axis):
+    x = torch.full((64, 4, 32, 32), value)
+    statistics = ChannelStatistics.of(activation_statistics(x, channel_dim=axis))
+    np.testing.assert_allclose(statistics.mean, x[0, 0, 0, 0].double(), rtol=1e-6)
+    assert statistics.nonfinite.sum() == 0
+    assert statistics.std.tolist() == [0.0] * len(statistics.std)
+    x = torch.tensor([0.5, 1.5]).mul(value).repeat(8, 4, 32, 16).transpose(0, 1)
+    statistics = ChannelStatistics.of(activation_statistics(x, channel_dim=axis))
+    assert statistics.mean.isfinite().all()
+    assert not statistics.std.isnan().any()  # squares beyond float32 are infinite, as documented
+
+
+@pytest.mark.parametrize("at", [0, 5, 63], ids="sample={}".format)
+@pytest.mark.parametrize("axis", [1, -1], ids="axis={}".format)
+def test_the_rough_mean_may_be_far_off(at, axis):
+    x = 1e4 + 0.1 * draw(64, 5, 16, 5)
+    x[at] = -3e4  # one sample in 64, wherever the rough mean is taken
+    check(ChannelStatistics.of(activation_statistics(x, channel_dim=axis)), by_numpy(x, axis), rtol=1e-6)
+
+
 @pytest.mark.parametrize("sizes", [[70], [1, 69], [2, 4, 64], [0, 70, 0]], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1e4], ids="offset={:g}".format)
 def test_parts_merge_to_the_whole(sizes, offset):

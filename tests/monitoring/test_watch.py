@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bn_lightning as bnl
 from bn_lightning.errors import BatchNormError
 from bn_lightning.monitoring import ActivationWatch
-from bn_lightning.monitoring.layers import channel_axis, find_tensor, watchable_layers
+from bn_lightning.monitoring.channels import find_tensor
+from bn_lightning.monitoring.layers import watchable_layers
 
 
 def draw(*shape, seed=0):
@@ -190,10 +191,11 @@ def test_ever_new_channel_counts_do_not_grow_the_buffer_for_ever():
     net = nn.Sequential(nn.ReLU())
     with bnl.observe_activations(net) as activations:
         for length in range(1, 200):
-            net(torch.ones(2, length, 3))
+            net(torch.ones(2, length, 3, 1))
     row = activations.to_dict()["0"]
     assert row["count"] == 6 * sum(range(1, 200))
     assert row["channels"] <= 8 * 9
+    assert "after 8 different channel counts" in row["reason"]
 
 
 @dataclasses.dataclass
@@ -257,6 +259,28 @@ def test_odd_tensors_are_measured(make, count):
         net(draw(4, 3))
     row = activations.to_dict()["(root)"]
     assert (row["count"], row["reason"]) == (count, "")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(torch.jit.script, id="script"),
+        pytest.param(lambda block: torch.jit.trace(block, draw(2, 3)), id="trace"),
+    ],
+)
+def test_a_torch_jit_layer_is_one_row_with_its_reason(make):
+    net = nn.Sequential(nn.Linear(3, 3), make(nn.Sequential(nn.Linear(3, 3), nn.Tanh())), nn.ReLU())
+    with bnl.observe_activations(net) as activations:
+        net(draw(4, 3))
+    rows = activations.to_dict()
+    assert list(rows) == ["0", "2", "1"]
+    assert [row["count"] for row in rows.values()] == [12, 12, 0]
+    assert "compiled by torch.jit" in rows["1"]["reason"]
+    assert str(activations.table()).startswith("activations of 3 layers, in order")
+    with bnl.observe_activations(net, include=("1",)) as activations:
+        net(draw(4, 3))
+    assert "compiled by torch.jit" in str(activations)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt], ids=lambda error: error.__name__)
@@ -344,18 +368,62 @@ def test_a_pattern_that_matches_nothing_raises_and_leaves_no_tap():
     assert not any(module._forward_hooks for module in net.modules())
 
 
-@pytest.mark.parametrize(
-    ("layer", "shape", "axis"),
-    [
-        pytest.param(nn.Linear(2, 3), (4, 7, 3), -1, id="linear"),
-        pytest.param(nn.Embedding(5, 3), (4, 7, 3), -1, id="embedding"),
-        pytest.param(nn.LayerNorm(3), (4, 7, 3), -1, id="layer norm"),
-        pytest.param(nn.LayerNorm(3), (4, 3, 7, 7), 1, id="layer norm over axis 1"),
-        pytest.param(nn.ReLU(), (4, 3, 7), 1, id="activation"),
-    ],
-)
-def test_channel_axis(layer, shape, axis):
-    assert channel_axis(layer, torch.zeros(shape)) == axis
+def test_patterns_that_leave_nothing_are_refused():
+    with pytest.raises(BatchNormError, match="leave no layer of Sequential to watch"):
+        watchable_layers(network(), exclude=("*",))
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_bare_string_is_refused(option):
+    with pytest.raises(BatchNormError, match=rf"{option}= takes a list.*\['0\*'\]"):
+        watchable_layers(network(), **{option: "0*"})
+
+
+def test_a_network_called_outside_the_block_is_told_so_in_one_line():
+    net = network()
+    with bnl.observe_activations(net) as activations:
+        pass
+    net(draw(2, 3, 8, 8))
+    lines = str(activations).splitlines()
+    assert lines[0] == "activations of 5 layers, none called"
+    assert lines[-1] == "the model was not called inside the with block"
+    assert len(lines) == 4
+    assert [row["reason"] for row in activations.to_dict().values()] == ["not called"] * 5
+    with pytest.raises(BatchNormError, match="none of the 5 watched layers"):
+        activations.figure()
+
+
+def test_a_network_without_a_layer_to_watch_is_no_error_until_it_is_drawn():
+    net = nn.Identity()
+    with bnl.observe_activations(net) as activations:
+        net(draw(2, 3))
+    assert str(activations).splitlines()[0] == "activations of 0 layers, none called"
+    assert str(activations).splitlines()[-1] == "there is no layer to watch"
+    with pytest.raises(BatchNormError, match="nothing to draw"):
+        activations.figure()
+
+
+def test_a_network_compiled_before_its_taps_were_set_is_told_so():
+    torch.compiler.reset()
+    net, x = network(), draw(2, 3, 8, 8)
+    compiled = torch.compile(net, backend="eager")
+    compiled(x)
+    with bnl.observe_activations(compiled) as activations:
+        compiled(x)
+    assert "compiled before the taps were set: watch first" in str(activations)
+    assert "compiled before the taps were set: watch first" in activations.to_dict()["0"]["reason"]
+    with bnl.observe_activations(net) as activations:
+        pass
+    assert "compiled" not in str(activations)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own reading of it
+def test_a_network_watched_before_it_is_compiled_is_measured():
+    torch.compiler.reset()
+    net, x = nn.Sequential(nn.Linear(3, 6), nn.ReLU()), draw(2, 5, 3)
+    with bnl.observe_activations(net) as activations:
+        output = torch.compile(net, backend="eager")(x)
+    np.testing.assert_allclose(activations.channels("1").std, output.detach().double().numpy().std((0, 1)), rtol=1e-5)
 
 
 def test_an_unknown_layer_is_named():
@@ -382,6 +450,8 @@ def test_table_lists_layers_in_order_of_execution_with_remarks_and_draws_figures
         net(draw(5, 3))
     assert list(activations.to_dict()) == ["first", "last", "never"]
     lines = str(activations.table()).splitlines()
+    assert lines[0] == "activations of 3 layers, 2 called, in order of execution"
+    assert lines[-1] == "layers with a remark: 2 of 3"
     assert "1 of 4 channels zero" in lines[4]
     assert lines[5].split() == ["never", *"–" * 5, "0", "not", "called"]
     assert activations._repr_html_().count("<tr>") == 4

@@ -1,5 +1,6 @@
 """Watch every layer's activations while Lightning trains."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -10,6 +11,7 @@ from bn_lightning.internals import logging_step
 from bn_lightning.monitoring import ActivationHistory, ActivationSnapshot, ActivationWatch, Cadence, GrowingInterval
 from bn_lightning.reports.heatmap import figure_image
 from bn_lightning.reports.table import Table
+from bn_lightning.selection import as_patterns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,8 +54,8 @@ class ActivationMonitor(BatchNormCallback):
         first_steps: Sample each of the first optimizer steps too.
 
     Raises:
-        BatchNormError: If ``every_n_steps`` or ``first_steps`` is out of range; at the start of the fit, if a pattern
-            matches no layer.
+        BatchNormError: If ``every_n_steps`` or ``first_steps`` is out of range, or ``include`` or ``exclude`` is a
+            bare string; at the start of the fit, if a pattern matches no layer or the patterns leave none.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -68,8 +70,8 @@ class ActivationMonitor(BatchNormCallback):
         every_n_steps: int = 50,
         first_steps: int = 20,
     ) -> None:
-        self.include = include
-        self.exclude = exclude
+        self.include = as_patterns(include, "include")
+        self.exclude = as_patterns(exclude, "exclude")
         self.cadence = Cadence(every_n_steps, first_steps)
         self.history = ActivationHistory()
         self.snapshot: ActivationSnapshot | None = None
@@ -103,7 +105,7 @@ class ActivationMonitor(BatchNormCallback):
     @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._watch = ActivationWatch()
-        self._watch.install(pl_module, self.include or (), self.exclude or ())
+        self._watch.install(pl_module, self.include, self.exclude)
         self._redraw = GrowingInterval(_FIRST_PICTURE)
         self._sampled_step = None
 
@@ -116,7 +118,7 @@ class ActivationMonitor(BatchNormCallback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         step = logging_step(trainer)
         if self._sampled_step not in (None, step):
-            self._flush(trainer)  # the strategy, not the Trainer, decided when to step
+            self._flush(trainer)  # accumulate_grad_batches changed after the last batch
         self._watch.sampling = self.cadence.is_due(step)
         self._sampled_step = step if self._watch.sampling else None
 
@@ -158,14 +160,14 @@ class ActivationMonitor(BatchNormCallback):
     def _flush(self, trainer: Any) -> None:
         assert self._sampled_step is not None
         step, self._sampled_step = self._sampled_step, None
-        self.snapshot = self._watch.flush(across_processes=True)
+        self.snapshot = replace(self._watch.flush(across_processes=True), step=step)
         self.history.append(step, self.snapshot)
         log_scalars(trainer, _scalars(self.snapshot), step)
         if self._redraw.is_due(step):
             self._draw(trainer, step)
 
     def _draw(self, trainer: Any, step: int) -> None:
-        if not trainer.is_global_zero or not trainer.loggers:
+        if not (trainer.is_global_zero and trainer.loggers and self.history.layers):
             return
         for stat in _HEAT_MAPS:
             log_figure(trainer, f"activations/heatmap/{stat}", figure_image(self.history.figure(stat)), step)

@@ -81,8 +81,7 @@ def activation_statistics(x: Tensor, *, channel_dim: int = 1) -> Tensor:
     elif x.element_size() < 4:
         values = values.float()
     count = outer * inner
-    # About an infinite mean every value would be NaN.
-    shift = (_reduced(torch.sum, values) / count).nan_to_num(0.0, 0.0, 0.0)
+    shift = _rough_mean(values)
     # Where all of a chunk is counted in float32, it has to stop short of 2²⁴; a GPU has no cache to stay in.
     rows = max(1, (_CHUNK if x.device.type == "cpu" else _EXACT) // (channels * inner))
     scratch = values.new_empty(min(rows, outer), channels, inner)
@@ -137,6 +136,15 @@ def pool_statistics(parts: Tensor) -> Tensor:
             parts[Row.NONFINITE].sum(0),
         ]
     )
+
+
+def _rough_mean(x: Tensor) -> Tensor:
+    """Average some 256 values of each channel of (N, C, I), spread evenly: near enough for squares not to cancel."""
+    outer, _, inner = x.shape
+    some = x[:: max(1, outer // max(16, 256 // inner)), :, :: max(1, inner // 16)]
+    # Divided before they are added, which large values would otherwise not survive. About an infinite mean every value
+    # would be NaN.
+    return _reduced(torch.sum, some / (some.shape[0] * some.shape[2])).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _centred_sums(x: Tensor, shift: Tensor, scratch: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def observe_activations(
         The observation. Reading it copies one buffer from the device.
 
     Raises:
-        BatchNormError: If a pattern matches no layer.
+        BatchNormError: If a pattern matches no layer, or the patterns leave none.
 
     Example:
         >>> import torch
@@ -71,8 +71,8 @@ class ObservedActivations:
         return self._watch.read()
 
     def table(self) -> Table:
-        """Return one row a layer, in order of execution."""
-        return self.snapshot().table()
+        """Return one row a layer, in order of execution; no rows if the model was not called."""
+        return self.snapshot().table(none_called="the model was not called inside the with block")
 
     def to_dict(self) -> dict[str, dict[str, int | float | str]]:
         """Return the fields of `LayerStatistics` by layer."""
@@ -87,7 +87,11 @@ class ObservedActivations:
         return self.snapshot().channels(layer)
 
     def figure(self, stat: str = "std") -> "Figure":
-        """Draw a statistic of every channel; see `ActivationSnapshot.figure`."""
+        """Draw a statistic of every channel; see `ActivationSnapshot.figure`.
+
+        Raises:
+            BatchNormError: If there is no such statistic, or nothing was measured.
+        """
         return self.snapshot().figure(stat)
 
     def __str__(self) -> str:

@@ -1,5 +1,6 @@
 """Which statistic is drawn how."""
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = ["channel_map", "history_map"]
 
-_STYLES: dict[str, dict[str, Any]] = {
-    "mean": {"label": "mean, activation units"},
-    "std": {"label": "standard deviation, activation units", "log": True},
-    "min": {"label": "smallest value, activation units"},
-    "max": {"label": "largest value, activation units"},
-    "rms": {"label": "root mean square, activation units", "log": True},
-    "zero_fraction": {"label": "share of values that are exactly 0", "limits": (0.0, 1.0)},
+# What the values are, and how they are drawn.
+_STYLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mean": ("mean of {}, activation units", {}),
+    "std": ("standard deviation of {}, activation units", {"log": True}),
+    "min": ("smallest value of {}, activation units", {}),
+    "max": ("largest value of {}, activation units", {}),
+    "rms": ("root mean square of {}, activation units", {"log": True}),
+    "zero_fraction": ("share of exact zeros in {}", {"limits": (0.0, 1.0)}),
 }
 _PERCENTILES = 101
 
@@ -31,18 +33,22 @@ def history_map(history: "ActivationHistory", stat: str) -> "Figure":
     """Draw a statistic as layer × step.
 
     Raises:
-        BatchNormError: If there is no such statistic, or nothing was sampled.
+        BatchNormError: If there is no such statistic, nothing was sampled, or there is no layer.
     """
-    style = _style(stat)
+    title, style = _style(stat)
     if not history.steps:
         raise BatchNormError("nothing was sampled yet: train for at least one sampled optimizer step first.")
+    if not history.layers:
+        raise BatchNormError("there is nothing to draw: the network has no layer to watch.")
+    breaks = _changes(history.steps)
     values = _shown(history.values(stat), history.values("nonfinite"))
     return heat_map(
         values.numpy(),
         history.layers,
         history.steps,
-        title=f"activations: {stat}",
-        xlabel="optimizer step (one column a sample)",
+        title=title.format("each layer's output"),
+        xlabel="optimizer step, one column a sample" + ("; at the white line their distance changes" if breaks else ""),
+        breaks=breaks,
         **style,
     )
 
@@ -51,9 +57,11 @@ def channel_map(snapshot: "ActivationSnapshot", stat: str) -> "Figure":
     """Draw a statistic as layer × channel, each layer's channels sorted from smallest to largest.
 
     Raises:
-        BatchNormError: If there is no such statistic, or no layer.
+        BatchNormError: If there is no such statistic, or nothing was measured.
     """
-    style = _style(stat)
+    title, style = _style(stat)
+    if not any(block.numel() for block in snapshot.blocks.values()):
+        raise BatchNormError(f"there is nothing to draw: none of the {len(snapshot.blocks)} watched layers has values.")
     position = torch.linspace(0, 1, _PERCENTILES, dtype=torch.float64)
     rows = torch.full((len(snapshot.blocks), _PERCENTILES), torch.nan, dtype=torch.float64)
     for row, name in zip(rows, snapshot.blocks, strict=True):
@@ -65,16 +73,31 @@ def channel_map(snapshot: "ActivationSnapshot", stat: str) -> "Figure":
         rows.numpy(),
         list(snapshot.blocks),
         [f"{100 * fraction:.0f} %" for fraction in position.tolist()],
-        title=f"activations: {stat} of each channel",
+        title=title.format("each channel"),
         xlabel="channels of the layer, from smallest to largest",
         **style,
     )
 
 
-def _style(stat: str) -> dict[str, Any]:
+def _style(stat: str) -> tuple[str, dict[str, Any]]:
     if stat not in _STYLES:
         raise BatchNormError(f"there is no heat map of {stat!r}: choose one of {', '.join(_STYLES)}.")
     return _STYLES[stat]
+
+
+def _changes(steps: list[int]) -> list[int]:
+    """Find the samples from which on the distance to the next is another; the step in between is not a second change.
+
+    Example:
+        >>> _changes([0, 1, 2, 50, 100, 150]), _changes([0, 50, 100])
+        ([3], [])
+    """
+    gaps = [after - before for before, after in pairwise(steps)]
+    changes: list[int] = []
+    for index, (before, after) in enumerate(pairwise(gaps)):
+        if before != after and (not changes or changes[-1] != index + 1):
+            changes.append(index + 2)
+    return changes
 
 
 def _shown(values: Tensor, nonfinite: Tensor) -> Tensor:

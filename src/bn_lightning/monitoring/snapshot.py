@@ -14,7 +14,10 @@ from bn_lightning.reports.table import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ActivationSnapshot"]
+__all__ = ["NOT_CALLED", "ActivationSnapshot"]
+
+NOT_CALLED = "not called"
+"""The reason of a layer that did not run during the sample."""
 
 _COLUMNS = ("layer", "mean", "std", "min", "max", "zeros %", "values", "remark")
 
@@ -26,10 +29,14 @@ class ActivationSnapshot:
     Attributes:
         blocks: Layer to its channels' statistics, (7, C) on the CPU, rows as in `functional.activation.Row`.
         reasons: Layer to why nothing, or not everything, of it was measured.
+        absent: The layers that were not called.
+        step: Optimizer step of the sample; ``None`` where there is no such thing.
     """
 
     blocks: Mapping[str, Tensor]
     reasons: Mapping[str, str]
+    absent: frozenset[str] = frozenset()
+    step: int | None = None
 
     def layers(self) -> Iterator[tuple[str, LayerStatistics]]:
         """Go through the layers' names and pooled statistics."""
@@ -69,16 +76,24 @@ class ActivationSnapshot:
             "max_abs": float(torch.tensor(extremes, dtype=torch.float64).amax()) if extremes else float("nan"),
         }
 
-    def table(self) -> Table:
-        """Return one row a layer, in order of execution."""
+    def table(self, *, none_called: str = "no layer was called in this sample") -> Table:
+        """Return one row a layer, in order of execution; no rows if no layer was called.
+
+        Args:
+            none_called: What to say in that case.
+        """
+        at = "" if self.step is None else f" at optimizer step {self.step}"
+        title = f"activations of {len(self.blocks)} {'layer' if len(self.blocks) == 1 else 'layers'}{at}"
+        if self.absent.issuperset(self.blocks):
+            why = list(dict.fromkeys(self.reasons.values())) or ["there is no layer to watch"]
+            return Table(f"{title}, none called", _COLUMNS, [], [none_called] if why == [NOT_CALLED] else why)
+        called = f", {len(self.blocks) - len(self.absent)} called" if self.absent else ""
         rows = [(name, *_numbers(row), row.count, row.remark) for name, row in self.layers()]
-        measured = sum(row.count > 0 for _, row in self.layers())
         remarked = sum(bool(row[-1]) for row in rows)
-        title = f"activations of {measured} {'layer' if measured == 1 else 'layers'}, in order of execution"
         notes = ["zeros %: values that are exactly 0; std over all values of the layer, correction=0"]
         if remarked:
             notes.append(f"layers with a remark: {remarked} of {len(rows)}")
-        return Table(title, _COLUMNS, rows, notes)
+        return Table(f"{title}{called}, in order of execution", _COLUMNS, rows, notes)
 
     def figure(self, stat: str = "std") -> "Figure":
         """Draw a statistic of every channel: one row a layer, its channels sorted from smallest to largest.
@@ -87,7 +102,7 @@ class ActivationSnapshot:
             stat: A field of `ChannelStatistics`: mean, std, min, max, rms or zero_fraction.
 
         Raises:
-            BatchNormError: If there is no such statistic.
+            BatchNormError: If there is no such statistic, or nothing was measured.
         """
         from bn_lightning.monitoring.pictures import channel_map
 

@@ -8,14 +8,19 @@ from torch import Tensor, nn
 from bn_lightning.functional.activation import Row, activation_statistics
 from bn_lightning.internals import compiled_original
 from bn_lightning.monitoring.buffer import Layout, StatisticsBuffer
-from bn_lightning.monitoring.layers import channel_axis, find_tensor, unmeasurable, watchable_layers
+from bn_lightning.monitoring.channels import ChannelAxes, find_tensor
+from bn_lightning.monitoring.layers import unmeasurable, watchable_layers
 from bn_lightning.monitoring.processes import ProcessMerge
-from bn_lightning.monitoring.snapshot import ActivationSnapshot
+from bn_lightning.monitoring.snapshot import NOT_CALLED, ActivationSnapshot
 
 __all__ = ["ActivationWatch"]
 
 # A layer whose channel count keeps changing has its sequence where channels are looked for.
 _MOST_CHANNEL_COUNTS = 8
+_COMPILED = f"{NOT_CALLED}, or compiled before the taps were set: watch first, then torch.compile"
+_SCRIPTED = "compiled by torch.jit, which takes no hooks: watch the network before torch.jit.script"
+_UNKNOWN_AXIS = "measured as one channel: which axis holds its channels is not known"
+_EVER_NEW_COUNTS = f"measured as one channel after {_MOST_CHANNEL_COUNTS} different channel counts"
 
 
 class ActivationWatch:
@@ -44,7 +49,9 @@ class ActivationWatch:
         self._processes = ProcessMerge()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._names: tuple[str, ...] = ()
-        self._absence = "not called"
+        self._absence = NOT_CALLED
+        self._untapped: dict[str, str] = {}
+        self._axes = ChannelAxes()
         self._order: dict[str, None] = {}
         self._called: set[str] = set()
         self._reasons: dict[str, str] = {}
@@ -52,16 +59,22 @@ class ActivationWatch:
     def install(self, model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> None:
         """Put a tap on each layer that `watchable_layers` picks; taps of an earlier call go.
 
+        A layer that takes no tap stays in every sample, with the reason.
+
         Raises:
-            BatchNormError: If a pattern matches no layer.
+            BatchNormError: If a pattern matches no layer, or the patterns leave none.
         """
         layers = watchable_layers(model, include, exclude)
         self.remove()
         self._names = tuple(layers)
-        if compiled_original(model) is not None:
-            self._absence = "not called, or compiled before the taps were set: watch first, then torch.compile"
+        compiled = compiled_original(model) is not None
+        self._absence = _COMPILED if compiled else NOT_CALLED
+        self._untapped = {
+            name: _SCRIPTED for name, layer in layers.items() if isinstance(layer, torch.jit.ScriptModule)
+        }
         for name, layer in layers.items():
-            self._handles.append(layer.register_forward_hook(_Tap(self, name)))
+            if name not in self._untapped:
+                self._handles.append(layer.register_forward_hook(_Tap(self, name)))
 
     def remove(self) -> None:
         """Take the taps off and stop sampling; what was collected stays."""
@@ -69,13 +82,14 @@ class ActivationWatch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._axes.clear()
 
     @property
     def installed(self) -> bool:
         """Whether the taps are on."""
         return bool(self._handles)
 
-    def measure(self, name: str, layer: nn.Module, output: object) -> None:
+    def measure(self, name: str, layer: nn.Module, args: object, output: object) -> None:
         """Add one output of a layer to the sample; an output that cannot be measured leaves its reason."""
         self._order.setdefault(name)
         self._called.add(name)
@@ -86,7 +100,7 @@ class ActivationWatch:
             return
         # Outside inference mode: what is written there could not be written to again later.
         with torch.inference_mode(False), torch.no_grad():
-            self._buffer.add(name, self._statistics(name, layer, tensor))
+            self._buffer.add(name, self._statistics(name, layer, args, tensor))
 
     def read(self) -> ActivationSnapshot:
         """Copy the sample so far to the host, in one transfer."""
@@ -105,15 +119,25 @@ class ActivationWatch:
                 values, layout = self._processes.merge(values, layout)
             snapshot = self._snapshot(values.cpu(), layout)
             self._buffer.clear()
+        self._axes.clear()
         self._called, self._reasons = set(), {}
         return snapshot
 
-    def _statistics(self, name: str, layer: nn.Module, tensor: Tensor) -> Tensor:
-        axis = channel_axis(layer, tensor)
-        if tensor.dim() >= 2 and (name, tensor.shape[axis]) not in self._buffer.slots:
+    def _statistics(self, name: str, layer: nn.Module, args: object, tensor: Tensor) -> Tensor:
+        if tensor.dim() < 2:
+            return activation_statistics(tensor)
+        axis = self._axes.of(layer, args, tensor)
+        if axis is None:
+            self._reasons[name] = _UNKNOWN_AXIS
+        elif (name, tensor.shape[axis]) not in self._buffer.slots:
             known = sum(layer_name == name for layer_name, _ in self._buffer.slots)
-            tensor = tensor if known < _MOST_CHANNEL_COUNTS else tensor.reshape(-1)
-        return activation_statistics(tensor, channel_dim=axis)
+            if known >= _MOST_CHANNEL_COUNTS:
+                axis, self._reasons[name] = None, _EVER_NEW_COUNTS
+        return (
+            activation_statistics(tensor.reshape(-1))
+            if axis is None
+            else activation_statistics(tensor, channel_dim=axis)
+        )
 
     def _snapshot(self, values: Tensor, layout: Layout) -> ActivationSnapshot:
         blocks: dict[str, list[Tensor]] = {}
@@ -123,10 +147,12 @@ class ActivationWatch:
                 blocks.setdefault(layer, []).append(block)
         nothing = values.new_empty(len(Row), 0)
         names = dict.fromkeys([*self._order, *(layer for layer, _ in layout), *self._names])
-        absent = [name for name in names if name not in blocks and name not in self._called]
+        seen = {*blocks, *self._called, *self._untapped}
+        absent = [name for name in names if name not in seen]
         return ActivationSnapshot(
             {name: torch.cat(blocks.get(name, [nothing]), dim=1) for name in names},
-            {**dict.fromkeys(absent, self._absence), **self._reasons},
+            {**dict.fromkeys(absent, self._absence), **self._untapped, **self._reasons},
+            frozenset(absent),
         )
 
 
@@ -141,7 +167,7 @@ class _Tap:
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if self._watch.sampling:
-            self._watch.measure(self._name, module, output)
+            self._watch.measure(self._name, module, args, output)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # A copy of the network, such as an average of its weights, is not what is being watched.

@@ -2,8 +2,8 @@
 
 import math
 import os
-import tempfile
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ _MOST_TICKS = 6
 _DECADES = 12
 # Beside viridis, which runs from dark violet to yellow, these three cannot be taken for values.
 _MISSING, _ZERO, _INFINITE = "#d0d0d0", "black", "#e3342f"
+_BREAK = "white"
+# A letter's share of the length of the colour bar.
+_LETTER = 0.03
 
 
 def heat_map(
@@ -27,10 +30,10 @@ def heat_map(
     columns: Sequence[object],
     *,
     title: str,
-    label: str,
     xlabel: str = "step",
     log: bool = False,
     limits: tuple[float, float] | None = None,
+    breaks: Sequence[int] = (),
 ) -> "Figure":
     """Draw values as colours, the first row on top.
 
@@ -40,17 +43,17 @@ def heat_map(
         values: Shape (rows, columns); anything NumPy takes.
         rows: Row names; long ones are shortened in the middle.
         columns: What to write below the columns, of which a few are chosen.
-        title: One line.
-        label: What the colours mean, with the unit.
+        title: One line: what the colours mean, with the unit.
         xlabel: What the columns are.
         log: Whether the colours are logarithmic, over at most 12 decades.
         limits: The colour scale's ends; by default those of the finite values.
+        breaks: Columns with a thin line on their left, where the distance between columns changes.
 
     Raises:
         ValueError: If the names do not fit the values, or there is nothing to draw.
 
     Example:
-        >>> figure = heat_map([[1.0, 2.0]], ["conv1"], [0, 50], title="spread", label="std")
+        >>> figure = heat_map([[1.0, 2.0]], ["conv1"], [0, 50], title="standard deviation")
         >>> figure_image(figure).shape[2]
         3
     """
@@ -82,13 +85,15 @@ def heat_map(
     ticks = np.unique(np.linspace(0, len(columns) - 1, min(_MOST_TICKS, len(columns))).round().astype(int))
     axes.set_xticks(ticks, [str(columns[tick]) for tick in ticks], fontsize=9)
     axes.set_xlabel(xlabel, fontsize=10)
+    for column in breaks:
+        axes.axvline(column - 0.5, color=_BREAK, linewidth=1)
     # Above the map: in a tall picture, what the colours mean has to stand where reading begins.
     bar = figure.colorbar(mesh, ax=axes, location="top", aspect=45, fraction=0.16 / height, pad=0.1 / height)
-    bar.set_label("  ".join(filter(None, [label, _legend(array, log)])), fontsize=10)
-    if log:
-        values = _log_ticks(norm.vmin, norm.vmax)
-        bar.set_ticks(values, labels=[f"{value:.3g}" for value in values])
-        bar.minorticks_off()
+    bar.set_label(_legend(array, log), fontsize=10)
+    ends = float(norm.vmin), float(norm.vmax)
+    bar_ticks = _scale_ticks(ends, _round_numbers(*ends) if log else bar.get_ticks(), norm)
+    bar.set_ticks(list(bar_ticks), labels=list(bar_ticks.values()))
+    bar.minorticks_off()
     figure.suptitle(title, fontsize=12)
     return figure
 
@@ -111,13 +116,14 @@ def save_png(figure: "Figure", path: str | os.PathLike[str]) -> None:
     """Write a figure as PNG; a reader sees the old file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".png")
+    # Not `tempfile`, whose files only their owner may read.
+    temporary = path.parent / f".{path.stem}-{uuid.uuid4().hex}.png"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             figure.savefig(file, format="png")
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -133,15 +139,37 @@ def _norm(array: "ndarray[Any, Any]", log: bool, limits: tuple[float, float] | N
     return Normalize(low, high if high > low else low + 1)
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Choose round numbers: 1, 2 and 5 of each decade, or whole decades if there are many."""
-    import numpy as np
-
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Choose 1, 2 and 5 of each decade, or whole decades if there are many."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     leading = (1, 2, 5) if high < 1e3 * low else (1,)
-    round_numbers = [digit * 10.0**decade for decade in decades for digit in leading]
-    inside = [value for value in round_numbers if low <= value <= high]
-    return inside if len(inside) > 1 else [float(value) for value in np.geomspace(low, high, 3)]
+    return [digit * 10.0**decade for decade in decades for digit in leading]
+
+
+def _scale_ticks(ends: tuple[float, float], round_numbers: Iterable[float], norm: Any) -> dict[float, str]:
+    """Choose both ends of a scale, and those round numbers in between whose labels touch no other.
+
+    Example:
+        >>> _scale_ticks((0.0, 10.5), (5.0, 10.0), lambda value: value / 10.5)
+        {0.0: '0', 5.0: '5', 10.5: '10.5'}
+    """
+    low, high = ends
+    # Three significant digits, or as many as it takes to tell the ends apart.
+    digits = next((digits for digits in range(3, 17) if f"{low:.{digits}g}" != f"{high:.{digits}g}"), 17)
+
+    def written(value: float) -> str:
+        return f"{value:.{digits}g}"
+
+    def apart(left: float, right: float) -> bool:
+        letters = (len(written(left)) + len(written(right))) / 2
+        return bool(norm(right) - norm(left) > (letters + 1) * _LETTER)
+
+    ticks = [low]
+    for value in map(float, round_numbers):
+        exact = abs(float(written(value)) - value) < 1e-3 * (high - low)
+        if low < value < high and exact and apart(ticks[-1], value) and apart(value, high):
+            ticks.append(value)
+    return {value: written(value) for value in (*ticks, high)}
 
 
 def _row_height(rows: int) -> tuple[float, float]:
