@@ -76,6 +76,9 @@ def test_an_activation_has_the_channels_of_its_input(layers, shape, axis, length
         pytest.param([], id="the network's input"),
         pytest.param([Call(lambda x: x.mT)], id="a layer that reorders the input"),
         pytest.param([nn.Linear(4, 6), Call(lambda x: x.mT)], id="a layer that reorders known channels"),
+        pytest.param(
+            [nn.Unflatten(1, (5, 1)), nn.Conv2d(5, 6, 1), Call(lambda x: x.flatten(2).mT)], id="patches of a picture"
+        ),
         pytest.param([nn.Conv1d(5, 3, 1), Call(lambda x: x[..., None].flatten(2).clone().mT)], id="another order"),
     ],
 )
@@ -131,6 +134,9 @@ def test_nothing_is_kept_beyond_the_sample():
     with bnl.observe_activations(net) as activations:
         net(draw(2, 4))
         assert activations._watch._axes._known
+        activations._watch.flush()
+        assert not activations._watch._axes._known
+        net(draw(2, 4))
     assert not activations._watch._axes._known
 
 

@@ -75,7 +75,6 @@ class ChannelAxes:
         if axis is None and output.dim() in _CHANNELS_SECOND:
             axis = 1
         if axis is None:
-            self._known.pop(id(output), None)
             return None
         axis %= output.dim()
         self._known[id(output)] = weakref.ref(output), axis
