@@ -5,7 +5,7 @@ CONSTRAINTS := tests/constraints.txt
 
 .PHONY: demo test check bench clean
 
-demo: .venv/installed  ## train on real digits with every callback, show what it found (one to two minutes)
+demo: .venv/installed  ## train on real digits with every callback, show what it found (seconds, after the installation)
 	$(BIN)/bn-lightning demo
 
 test: .venv/installed  ## the whole test suite

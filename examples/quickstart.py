@@ -1,4 +1,4 @@
-"""Train, watch, audit, recalibrate and fold a network on real digits. Takes under a minute on two CPU cores."""
+"""Train, watch, audit, recalibrate and fold a network on real digits. Takes under a minute."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
