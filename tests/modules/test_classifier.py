@@ -87,13 +87,15 @@ def test_norm_parameters_and_biases_do_not_decay():
 
 def test_the_learning_rate_makes_one_cycle(tmp_path):
     module = ImageClassifier(network_options=SMALL, learning_rate=0.2)
-    rates = []
+    rates, momenta = [], set()
 
     class Watch(pl.Callback):
         def on_train_batch_start(self, trainer, *_):
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+            momenta.add(trainer.optimizers[0].param_groups[0]["momentum"])
 
     trainer(tmp_path, max_epochs=1, callbacks=[Watch()], enable_checkpointing=False).fit(module, DigitsDataModule())
     assert len(rates) == math.ceil(1257 / 64)
     assert max(rates) == pytest.approx(0.2, rel=0.05)
     assert rates[-1] < rates[0] < 0.05
+    assert momenta == {0.9}
