@@ -117,4 +117,4 @@ def test_training_on_the_device_is_bitwise_unchanged(precision, tmp_path, monkey
     for name, value in bare.items():
         assert torch.equal(watched[name], value), name
     assert len(audit.report.layers) == len(named_batch_norms(ResidualNetwork(**SMALL)))
-    assert {row.action for row in fold.result.rows} == {"folded-backward"}
+    assert {row.action for row in fold.report.rows} == {"folded-backward"}

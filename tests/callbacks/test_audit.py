@@ -276,6 +276,22 @@ def test_arguments_are_checked_at_once(options, message):
         BatchNormAudit(**options)
 
 
+def test_the_audit_runs_in_the_precision_of_the_training():
+    seen = []
+
+    class Recording(Lit):
+        def forward(self, x):
+            out = super().forward(x)
+            seen.append((self.training, self.net[0](x).dtype))
+            return out
+
+    callback, module = BatchNormAudit(max_batches=2), Recording()
+    fit(trainer(callback, precision="bf16-mixed", max_epochs=1), module, LOADERS["shuffle"]())
+    assert callback.report is not None
+    audited = [dtype for training, dtype in seen if not training]
+    assert audited == [torch.bfloat16] * 2
+
+
 def test_an_exception_in_training_is_not_followed_by_an_audit(capsys):
     class Failing(Lit):
         def training_step(self, batch, batch_idx):

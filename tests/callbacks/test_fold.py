@@ -104,8 +104,8 @@ def test_the_stage_sees_the_folded_network_and_leaves_none(module, stage, source
     module.seen.clear()
     getattr(trainer(callback, inference_mode=inference_mode), stage)(module, loader())
     assert module.seen == ["Identity"] * 3
-    assert [row.action for row in callback.result.rows] == ["folded-backward"]
-    assert callback.result.error <= 1e-9
+    assert [row.action for row in callback.report.rows] == ["folded-backward"]
+    assert callback.report.error <= 1e-9
     for found, reference in zip(module.outputs, expected, strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-5)
         assert not torch.equal(found, reference)
@@ -121,7 +121,7 @@ def test_other_stages_are_left_alone(module, stage):
     callback = FoldBatchNorm(stages=stages)
     getattr(trainer(callback), stage)(module, loader())
     assert module.seen == ["BatchNorm2d"] * 3
-    assert callback.result is None
+    assert callback.report is None
 
 
 def test_validation_inside_fit_is_not_folded(module):
@@ -216,7 +216,7 @@ def test_low_precision(module):
     callback = FoldBatchNorm()
     trainer(callback, precision="bf16-true").test(module, loader(), verbose=False)
     assert set(module.seen) == {"Identity"}
-    assert callback.result.native_dtype == "bfloat16"
+    assert callback.report.native_dtype == "bfloat16"
 
 
 def test_a_module_without_batch_norm_is_refused(module):
@@ -247,7 +247,7 @@ def test_patterns_reach_the_fold(module):
     callback = FoldBatchNorm(exclude=["net.1"])
     with pytest.warns(UserWarning, match="excluded"):
         trainer(callback).test(module, loader(), verbose=False)
-    assert callback.result.rows[0].reason == "excluded"
+    assert callback.report.rows[0].reason == "excluded"
 
 
 def test_the_report_is_printed_once(module, capsys):

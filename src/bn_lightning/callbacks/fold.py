@@ -41,7 +41,7 @@ class FoldBatchNorm(BatchNormCallback):
         exclude: Name patterns of layers to keep; ``None`` means none.
 
     Attributes:
-        result: The last `FoldReport`, ``None`` before the first fold.
+        report: The last `FoldReport`, ``None`` before the first fold.
 
     Raises:
         FoldError: At the stage's start, if the module has no BatchNorm layer, or its ``forward`` cannot take the
@@ -68,7 +68,7 @@ class FoldBatchNorm(BatchNormCallback):
         self.stages = tuple(stages)
         self.include = as_patterns(include, "include")
         self.exclude = as_patterns(exclude, "exclude")
-        self.result: FoldReport | None = None
+        self.report: FoldReport | None = None
         self._folded: FoldResult | None = None
         self._guard: FoldGuard | None = None
         self._state_dict_hooks: ExitStack | None = None
@@ -171,14 +171,14 @@ class FoldBatchNorm(BatchNormCallback):
             ) from error
         self._state_dict_hooks = _unfold_state_dict(pl_module, self._folded)
         self._guard = self._folded.guarded()
-        self.result = _with_unwatched(self._folded.report, self._guard)
+        self.report = _with_unwatched(self._folded.report, self._guard)
         if trainer.is_global_zero:
-            print(f"\n{self.result}")  # on a line of its own, below the progress bar
-        if all(row.action == "kept" for row in self.result.rows):
-            first = self.result.rows[0]
+            print(f"\n{self.report}")  # on a line of its own, below the progress bar
+        if all(row.action == "kept" for row in self.report.rows):
+            first = self.report.rows[0]
             rank_zero_warn(
                 f"FoldBatchNorm folded no layer of {type(pl_module).__name__}; the first, {first.name!r}, stays for "
-                f"{first.reason}: {first.detail}. print(callback.result) lists them all."
+                f"{first.reason}: {first.detail}. print(callback.report) lists them all."
             )
 
     def _check(self) -> None:

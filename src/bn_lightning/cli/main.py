@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     from jsonargparse import auto_cli
 
-    # Late, so that `--help` of a shell completion does not wait for Lightning.
+    # Here, so that importing this room brings in neither Lightning nor torchmetrics.
     from bn_lightning.cli.demo import demo
 
     try:

@@ -84,11 +84,6 @@ class ActivationWatch:
         self._handles.clear()
         self._axes.clear()
 
-    @property
-    def installed(self) -> bool:
-        """Whether the taps are on."""
-        return bool(self._handles)
-
     def measure(self, name: str, layer: nn.Module, args: object, output: object) -> None:
         """Add one output of a layer to the sample; an output that cannot be measured leaves its reason."""
         self._order.setdefault(name)
