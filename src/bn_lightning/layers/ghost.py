@@ -1,0 +1,91 @@
+"""Ghost Batch Normalization: the statistics of small batches, in a large one."""
+
+import torch
+from torch import Tensor
+
+from bn_lightning.errors import BatchNormError, ConversionError
+from bn_lightning.functional.normalize import batch_norm_with_statistics
+from bn_lightning.layers.base import BatchNormVariant
+
+__all__ = ["GhostBatchNorm"]
+
+
+class GhostBatchNorm(BatchNormVariant):
+    """Normalize each group of ``virtual_batch_size`` examples by its own statistics; evaluate as plain BatchNorm.
+
+    With k = N / virtual_batch_size groups, group g holds the examples g, g + k, g + 2k, … (of channels_last input,
+    neighbours): which examples meet makes no difference in shuffled data, and this needs no copy. What is left over
+    forms a smaller group, or joins the one before where it would have a single value per channel. The running
+    statistics move once a step, towards the groups' means and variances averaged by group size; Hoffer et al. move
+    them once a group.
+
+    Args:
+        virtual_batch_size: Examples a group.
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: See `BatchNormVariant`.
+
+    Shape:
+        (N, C, *).
+
+    Example:
+        >>> layer = GhostBatchNorm(3, virtual_batch_size=4)
+        >>> layer(torch.randn(8, 3, 5, 5)).shape
+        torch.Size([8, 3, 5, 5])
+
+    Reference:
+        Hoffer, Hubara & Soudry, arXiv:1705.08741, Alg. 1.
+    """
+
+    virtual_batch_size: int
+
+    def configure(self, virtual_batch_size: int = 32) -> None:
+        """Set the group size.
+
+        Raises:
+            ConversionError: If it is not a positive integer.
+        """
+        if not isinstance(virtual_batch_size, int) or virtual_batch_size < 1:
+            raise ConversionError(
+                f"virtual_batch_size counts the examples of a group, got {virtual_batch_size!r}; 32 is usual."
+            )
+        self.virtual_batch_size = virtual_batch_size
+
+    def normalize_batch(self, x: Tensor) -> Tensor:
+        """Normalize the whole groups in one call, and what is left over in another."""
+        whole = self._in_whole_groups(x)
+        parts = [part for part in (x[:whole], x[whole:]) if part.shape[0]]
+        results = [self._normalize_groups(part, max(1, part.shape[0] // self.virtual_batch_size)) for part in parts]
+        shares = [part.shape[0] / x.shape[0] for part in parts]
+        mean, var = (
+            torch.stack([share * result[i] for share, result in zip(shares, results, strict=True)]).sum(0)
+            for i in (1, 2)
+        )
+        self.update_running_statistics(mean, var)
+        return results[0][0] if len(results) == 1 else torch.cat([y for y, _, _ in results])
+
+    def _in_whole_groups(self, x: Tensor) -> int:
+        """Count the examples that are normalized in groups of equal size."""
+        examples = x.shape[0]
+        values = x.numel() // (examples * self.num_features)  # of one channel in one example
+        size = min(self.virtual_batch_size, examples)
+        if size * values == 1:
+            raise BatchNormError(
+                f"GhostBatchNorm({self.num_features}, virtual_batch_size={self.virtual_batch_size}) would normalize "
+                f"groups with one value per channel in a batch of shape {tuple(x.shape)}. Use at least 2."
+            )
+        rest = examples % size
+        # A single value has no variance: its group joins the one before.
+        return examples - rest - (size if rest * values == 1 else 0)
+
+    def _normalize_groups(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalize groups of equal size; return also their average mean and variance (correction=1)."""
+        if x.is_contiguous():
+            # Free of copies: (v·k, C, *) is (v, k·C, *) in memory.
+            grouped = x.view(x.shape[0] // groups, groups * self.num_features, *x.shape[2:])
+            weight, bias = (None if p is None else p.repeat(groups) for p in (self.weight, self.bias))
+            y, mean, var = batch_norm_with_statistics(grouped, weight, bias, self.eps)
+            return y.view(x.shape), mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0)
+        results = [
+            batch_norm_with_statistics(chunk, self.weight, self.bias, self.eps) for chunk in x.tensor_split(groups)
+        ]
+        mean, var = (torch.stack([result[i] for result in results]).mean(0) for i in (1, 2))
+        return torch.cat([y for y, _, _ in results]), mean, var
