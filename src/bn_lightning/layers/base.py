@@ -38,6 +38,9 @@ class BatchNormVariant(_BatchNorm):
         ConversionError: If an option is unknown or its value makes no sense.
     """
 
+    #: The plain class a converted layer had; ``None`` for one that was built as what it is.
+    converted_from: type[_BatchNorm] | None = None
+
     def __init__(
         self,
         num_features: int,
@@ -65,6 +68,10 @@ class BatchNormVariant(_BatchNorm):
 
     def configure(self) -> None:
         """Set the variant's options, checked; called by the constructor and by conversion."""
+
+    def adopt_statistics(self) -> str | None:
+        """Take over the statistics found on conversion; return what had to change for that, if anything."""
+        return None
 
     @classmethod
     def option_names(cls) -> list[str]:

@@ -24,6 +24,7 @@ class FrozenBatchNorm(BatchNormVariant):
         BatchNormError: In the forward pass, if there are no running statistics to use.
 
     Example:
+        >>> import torch
         >>> layer = FrozenBatchNorm(3).train()
         >>> x = torch.randn(8, 3)
         >>> torch.equal(layer(x), layer.eval()(x))
