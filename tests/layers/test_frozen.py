@@ -1,0 +1,87 @@
+import pytest
+import reference
+import torch
+from torch import nn
+
+from bn_lightning.errors import BatchNormError, ConversionError
+from bn_lightning.layers import FrozenBatchNorm
+
+
+def randomized(layer):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (layer.running_mean, layer.weight, layer.bias):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        layer.running_var.copy_(torch.rand(layer.num_features, generator=generator) + 0.5)
+    return layer
+
+
+def x_of(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype) * 2 + 1
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (1, 3), (4, 3, 5), (2, 3, 4, 4), (2, 3, 2, 2, 2)], ids=str)
+def test_training_is_evaluation(shape):
+    layer, x = randomized(FrozenBatchNorm(3)).train(), x_of(*shape)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    y = layer(x)
+    tensors = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    expected = reference.standardize(x.double().numpy(), *(t.detach().double().numpy() for t in tensors), 1e-5)
+    torch.testing.assert_close(y.detach().double().numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(y, layer.eval()(x))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "not"])
+def test_gradients(trainable):
+    layer = randomized(FrozenBatchNorm(3, trainable=trainable, dtype=torch.float64)).train()
+    x = x_of(4, 3, 2, dtype=torch.float64).requires_grad_()
+    plain = randomized(nn.BatchNorm1d(3, dtype=torch.float64)).eval()
+    g = x_of(4, 3, 2, dtype=torch.float64)
+    layer(x).backward(g)
+    ours, x.grad = x.grad, None
+    plain(x).backward(g)
+    torch.testing.assert_close(ours, x.grad)
+    for one, other in ((layer.weight, plain.weight), (layer.bias, plain.bias)):
+        if trainable:
+            torch.testing.assert_close(one.grad, other.grad)
+        else:
+            assert one.grad is None
+            assert not one.requires_grad
+
+
+def test_without_training_it_keeps_no_activation():
+    sizes = []
+    x = x_of(8, 3, 16, 16).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        randomized(FrozenBatchNorm(3, trainable=False))(x)
+    assert sum(sizes) < 100
+
+
+def test_without_running_statistics_it_says_so():
+    layer = FrozenBatchNorm(3, track_running_stats=False)
+    with pytest.raises(BatchNormError, match=r"FrozenBatchNorm\(3\) has no running statistics"):
+        layer(x_of(4, 3))
+
+
+def test_finetuning_callbacks_that_clear_track_running_stats_change_nothing():
+    layer, x = randomized(FrozenBatchNorm(3)).train(), x_of(4, 3)
+    expected = layer(x)
+    layer.track_running_stats = False  # what Lightning's BaseFinetuning.freeze does to a BN
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4,), (4, 4, 3)], ids=str)
+def test_a_wrong_shape_is_named(shape):
+    with pytest.raises(BatchNormError, match=r"FrozenBatchNorm\(3\) takes \(N, 3, \*\), got shape"):
+        FrozenBatchNorm(3)(x_of(*shape))
+
+
+def test_an_unknown_option_is_refused_with_those_there_are():
+    with pytest.raises(ConversionError, match=r"FrozenBatchNorm has no option 'trainabel'; it takes trainable"):
+        FrozenBatchNorm(3, trainabel=False)
+
+
+def test_an_unknown_affine_is_refused():
+    with pytest.raises(ConversionError, match="affine has to be True, False, 'scale' or 'shift', got 'weight'"):
+        FrozenBatchNorm(3, affine="weight")
