@@ -19,6 +19,7 @@ check: .venv/installed  ## lint, formatting, types
 bench: .venv/installed  ## what the README's table quotes
 	$(BIN)/python tests/benchmarks/watching.py
 	$(BIN)/python tests/benchmarks/folding.py
+	$(BIN)/python tests/benchmarks/variants.py
 
 # torchvision goes in without its dependencies: it must not replace the torch that is there.
 .venv/installed: pyproject.toml $(CONSTRAINTS) $(wildcard tests/environment/*.py)

@@ -18,6 +18,17 @@ def test_quickstart_runs(tmp_path, monkeypatch, capsys):
     assert len((ROOT / "examples" / "quickstart.py").read_text().splitlines()) <= 40
 
 
+def test_zoo_ghost_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples" / "zoo_ghost.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "converted 11 of 14 BatchNorm layers to GhostBatchNorm" in printed
+    accuracies = re.findall(r"test/accuracy\W+([\d.]+)", printed)
+    assert len(accuracies) == 2
+    assert accuracies[0] == accuracies[1]
+    assert float(accuracies[0]) > 0.8
+
+
 def test_readme_blocks_run_in_order(tmp_path, monkeypatch):
     """One after another in one namespace, as somebody would type them."""
     assert len(BLOCKS) >= 3

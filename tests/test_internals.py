@@ -6,7 +6,16 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_lightning.internals import DropoutBase, LossBase, compiled_original, hooks_on, is_compiled, logging_step
+from bn_lightning.internals import (
+    DropoutBase,
+    LossBase,
+    assert_async,
+    compiled_original,
+    hooks_on,
+    is_compiled,
+    logging_step,
+    never_compiled,
+)
 
 
 def test_orig_mod_of_a_compiled_module():
@@ -45,6 +54,20 @@ def test_bases_of_layers():
     assert issubclass(nn.SyncBatchNorm, _BatchNorm)
     assert issubclass(nn.Dropout2d, DropoutBase)
     assert issubclass(nn.CrossEntropyLoss, LossBase)
+
+
+def test_assertion_on_the_device():
+    assert hasattr(torch, "_assert_async")
+    assert_async(torch.tensor(True), "unseen")
+    with pytest.raises(RuntimeError, match="seen"):
+        assert_async(torch.tensor(False), "seen")
+
+
+def test_what_the_compiler_leaves_alone():
+    assert hasattr(torch, "_disable_dynamo")
+    seen = never_compiled(lambda x: x if torch.compiler.is_compiling() else -x)
+    x = torch.ones(1)
+    assert torch.equal(torch.compile(lambda x: seen(x + 1), backend="eager")(x), -(x + 1))
 
 
 def test_how_a_compiled_module_is_known():

@@ -172,3 +172,11 @@ def test_rng_of_torch_numpy_and_python():
     with preserved_rng(torch.device("cpu")):
         torch.rand(5), np.random.rand(5), random.random()
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected
+
+
+def test_a_buffer_of_one_element_and_no_stride_is_compared_and_restored():
+    module = nn.Module()
+    module.register_buffer("count", torch.tensor(3).expand(1).clone())
+    with preserved(module):
+        module.count.add_(1)
+    assert module.count.item() == 3

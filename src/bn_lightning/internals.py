@@ -4,9 +4,11 @@
 and ``_version`` are used where they are needed.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as DropoutBase
 from torch.nn.modules.loss import _Loss as LossBase
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,16 +17,29 @@ __all__ = [
     "DropoutBase",
     "LossBase",
     "TorchDispatchMode",
+    "assert_async",
     "compiled_original",
     "hooks_on",
     "is_compiled",
     "logging_step",
+    "never_compiled",
 ]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def assert_async(condition: Tensor, message: str) -> None:
+    """Stop the device, not the host, where a condition fails: a ``RuntimeError`` on a CPU (``_assert_async``)."""
+    if hasattr(torch, "_assert_async"):
+        torch._assert_async(condition, message)
+    elif not condition:  # the host waits
+        raise RuntimeError(message)
 
 
 def compiled_original(model: nn.Module) -> nn.Module | None:
     """Return the module behind ``torch.compile(model)``, else ``None`` (``_orig_mod``)."""
-    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
+    children = model.__dict__.get("_modules")
+    inner = children.get("_orig_mod") if isinstance(children, dict) else None  # a TorchScript module's is no dict
     return inner if isinstance(inner, nn.Module) else None
 
 
@@ -41,6 +56,12 @@ def logging_step(trainer: Any) -> int:
     """
     loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+
+
+def never_compiled(function: _Function) -> _Function:
+    """Keep ``torch.compile`` out of a function, importing nothing of it before the first call (``_disable_dynamo``)."""
+    disable = torch._disable_dynamo if hasattr(torch, "_disable_dynamo") else torch.compiler.disable
+    return disable(function)
 
 
 def hooks_on(module: nn.Module) -> list[str]:

@@ -179,7 +179,9 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
         return True
     if one.layout != torch.strided:
         return False  # sparse: written in any case
-    return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
+    # Cloned, since a single element counts as contiguous whatever its stride, and then has no view as bytes.
+    bits = [tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1) for tensor in (one, other)]
+    return torch.equal(bits[0].view(torch.uint8), bits[1].view(torch.uint8))
 
 
 def _rebind(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:

@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.errors import BatchNormError, RecalibrationError, first_line
 from bn_lightning.functional import ChannelMoments, batch_moments, channel_gap, layer_gap
+from bn_lightning.layers.base import unlike_population
+from bn_lightning.layers.frozen import FrozenBatchNorm
 from bn_lightning.preservation import eagerly, out_of_inference_mode, preserved
 from bn_lightning.reports.table import Table
 from bn_lightning.selection import describe, failing_layer, named_batch_norms, require_batch_norms, unwrap
@@ -35,14 +37,17 @@ class LayerPopulation:
         moments: Pooled over every value the layer was given, in float64; ``count`` 0 if it never ran.
         calls: How often the layer ran, several times a batch if it is shared.
         batches: How many batches the model was given.
-        frozen: Whether the layer was in evaluation mode inside a model in training mode. It then normalized by its
-            running statistics here too, as it does in that training.
+        frozen: Whether the layer trains on its running statistics, being a `FrozenBatchNorm`, or in evaluation mode
+            inside a model in training mode. It then normalized by them here too.
+        unlike: Why the layer's running statistics are not to be compared with these, if so: a variant's may be others
+            than mean and variance of all it is given.
     """
 
     moments: ChannelMoments
     calls: int
     batches: int
     frozen: bool
+    unlike: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +151,16 @@ def population_statistics(
     model = unwrap(model)
     layers = require_batch_norms(model, include, exclude, error=RecalibrationError)
     batches = _checked(batches, max_batches)
-    frozen = {name for name, layer in layers.items() if model.training and not layer.training}
+    frozen = {
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, FrozenBatchNorm) or (model.training and not layer.training)
+    }
     if len(frozen) == len(layers):
         raise RecalibrationError(
             f"every selected BatchNorm layer of {type(model).__name__} ({describe(layers)}) is frozen: in evaluation "
-            "mode inside a model in training mode. Call model.eval() first to measure them all the same."
+            "mode inside a model in training mode, or a FrozenBatchNorm. To measure them all the same, call "
+            "model.eval() or bn_lightning.revert_batch_norm(model) first."
         )
     seen: dict[str, tuple[ChannelMoments, int]] = {}
     taken = 0
@@ -180,7 +190,10 @@ def population_statistics(
             "batches gave no data: an empty loader, or a generator that was already used up? Pass a fresh one."
         )
     nothing = (batch_moments(torch.empty(0, 0)), 0)
-    return {name: LayerPopulation(*seen.get(name, nothing), batches=taken, frozen=name in frozen) for name in layers}
+    return {
+        name: LayerPopulation(*seen.get(name, nothing), taken, name in frozen, unlike_population(layer))
+        for name, layer in layers.items()
+    }
 
 
 def recalibrate_batch_norm(
@@ -233,7 +246,7 @@ def recalibrate_batch_norm(
         assert layer.running_mean is not None
         assert layer.running_var is not None
         reason, gap = _reason_to_leave(population), None
-        if moments.count > 1:
+        if moments.count > 1 and population.unlike is None:
             mean, var = moments.mean, moments.var(correction=1)
             channels = channel_gap(layer.running_mean.to(mean), layer.running_var.to(mean), mean, var, layer.eps)
             gap = float(layer_gap(channels, None if layer.weight is None else layer.weight.detach()))
@@ -255,8 +268,8 @@ def _reason_to_leave(population: LayerPopulation) -> str | None:
     if population.moments.count == 0:
         return f"never reached in {_batches(population.batches)}"
     if population.frozen:
-        return "frozen: in evaluation mode while the model trains; call model.eval() first to include it"
-    return None
+        return "frozen: it trains on its running statistics; model.eval() or revert_batch_norm first to include it"
+    return population.unlike
 
 
 def _finite(name: str, value: Tensor, buffer: Tensor) -> Tensor:

@@ -149,3 +149,12 @@ def test_nothing_of_the_size_of_x_is_kept_but_x_and_not_even_that_when_frozen():
     assert x.numel() <= kept < x.numel() + small
     frozen = [t.detach() for t in (mean, var, weight, bias)]
     assert saved_elements(lambda: normalize(x, *frozen, EPS)) < small
+
+
+@pytest.mark.parametrize("function", [normalize, batch_normalize], ids=lambda f: f.__name__)
+def test_an_empty_batch_goes_forward_and_back(function):
+    x, mean, var, weight, bias = tensors((4, 3, 5))
+    x = x.detach()[:0].requires_grad_()
+    function(x, mean, var, weight, bias, EPS).sum().backward()
+    assert x.grad.shape == (0, 3, 5)
+    assert torch.equal(weight.grad, torch.zeros(3, dtype=torch.float64))

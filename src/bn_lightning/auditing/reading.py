@@ -50,6 +50,8 @@ def read_layer(name: str, layer: _BatchNorm, population: LayerPopulation) -> Lay
     if moments.count < 2:
         reason = "never reached by the data" if moments.count == 0 else "only one value per channel in all the data"
         return LayerReading(name, layer, population, None, None, reason)
+    if population.unlike is not None:
+        return LayerReading(name, layer, population, None, None, population.unlike)
     wide = moments.mean.dtype
     with torch.inference_mode(False), torch.no_grad():
         channels = channel_gap(

@@ -2,6 +2,8 @@
 
 from bn_lightning.callbacks.activation_monitor import ActivationMonitor
 from bn_lightning.callbacks.audit import BatchNormAudit
+from bn_lightning.callbacks.convert import ConvertBatchNorm
 from bn_lightning.callbacks.fold import FoldBatchNorm
+from bn_lightning.callbacks.freeze import FreezeBatchNorm
 
-__all__ = ["ActivationMonitor", "BatchNormAudit", "FoldBatchNorm"]
+__all__ = ["ActivationMonitor", "BatchNormAudit", "ConvertBatchNorm", "FoldBatchNorm", "FreezeBatchNorm"]

@@ -104,6 +104,7 @@ class ActivationMonitor(BatchNormCallback):
 
     @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_fit_start(trainer, pl_module)
         self._watch = ActivationWatch()
         self._watch.install(pl_module, self.include, self.exclude)
         self._redraw = GrowingInterval(_FIRST_PICTURE)

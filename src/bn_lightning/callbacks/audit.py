@@ -63,6 +63,7 @@ class BatchNormAudit(BatchNormCallback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Forget the report of an earlier fit, and refuse now what would fail when the training is done."""
+        super().on_fit_start(trainer, pl_module)
         self.report = None
         require_batch_norms(unwrap(pl_module), self.include, self.exclude, error=AuditError)
 

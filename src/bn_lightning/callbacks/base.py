@@ -1,13 +1,16 @@
-"""The base of every callback here: a ``Callback`` of both Lightning families at once."""
+"""The base of every callback here: a ``Callback`` of both Lightning families at once, that guards variants."""
 
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from typing_extensions import override
+
+from bn_lightning.callbacks.replaced import require_same_classes, variant_classes
 
 __all__ = ["BatchNormCallback", "log_figure", "log_scalars"]
 
 if TYPE_CHECKING:
-    BatchNormCallback = pl.Callback
+    _Callback = pl.Callback
 else:
     # `lightning.pytorch.Trainer` and `pytorch_lightning.Trainer` each take only their own class.
     bases = [pl.Callback]
@@ -17,7 +20,22 @@ else:
         bases.append(StandaloneCallback)
     except ImportError:
         pass
-    BatchNormCallback = type("BatchNormCallback", tuple(bases), {"__doc__": __doc__, "__module__": __name__})
+    _Callback = type("_Callback", tuple(bases), {"__module__": __name__})
+
+
+class BatchNormCallback(_Callback):
+    """Stop training where a strategy has replaced BatchNorm variants, as ``sync_batchnorm=True`` does."""
+
+    _variants: dict[str, type] | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._variants = variant_classes(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._variants:
+            require_same_classes(pl_module, self._variants)
 
 
 def log_scalars(trainer: Any, scalars: dict[str, float], step: int) -> None:

@@ -26,7 +26,7 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         >>> channel_statistics(torch.tensor([[1.0], [3.0]]))
         (tensor([2.]), tensor([1.]))
     """
-    return _ChannelStatistics.apply(x)
+    return _ChannelStatistics.apply(x) if x.requires_grad else _measured(x)
 
 
 def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -153,7 +153,8 @@ class _BatchNormalize(torch.autograd.Function):
 
 
 def _measured(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.device.type not in ("cpu", "cuda"):
+    # A compiler makes a kernel of its own, and cannot run this one with a batch size that varies.
+    if x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
         var, mean = torch.var_mean(
             x.float() if x.element_size() < 4 else x, [axis for axis in range(x.dim()) if axis != 1], correction=0
         )
@@ -182,6 +183,8 @@ def _backward(
     own: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradient for x, Σ grad·x̂ and Σ grad; with ``own`` the first goes through x's statistics too."""
+    if not x.numel():  # on which the kernel kills the process
+        return torch.zeros_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
     grads: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.native_batch_norm_backward(
         grad, x, weight, mean, var, mean, torch.rsqrt(var + eps), own, eps, mask
     )

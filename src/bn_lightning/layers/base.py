@@ -9,8 +9,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.errors import BatchNormError, ConversionError
+from bn_lightning.functional.training_step import batch_norm_step
 
-__all__ = ["BatchNormVariant"]
+__all__ = ["BatchNormVariant", "unlike_population"]
+
+
+def unlike_population(layer: nn.Module) -> str | None:
+    """Say why a layer's running statistics are not to be mean and variance of all it is given; ``None`` if they are.
+
+    Example:
+        >>> unlike_population(nn.BatchNorm1d(2)) is None
+        True
+    """
+    return layer.unlike_population() if isinstance(layer, BatchNormVariant) else None
 
 
 class BatchNormVariant(_BatchNorm):
@@ -73,6 +84,10 @@ class BatchNormVariant(_BatchNorm):
         """Take over the statistics found on conversion; return what had to change for that, if anything."""
         return None
 
+    def unlike_population(self) -> str | None:
+        """Say why the running statistics in use are not mean and variance of all the layer is given, if so."""
+        return None
+
     @classmethod
     def option_names(cls) -> list[str]:
         """List the names of the variant's own settings."""
@@ -110,8 +125,21 @@ class BatchNormVariant(_BatchNorm):
         self._check_input_dim(input)
         if not self.training:
             return self.evaluate(input)
+        if not input.numel() and not self.has_others_values:
+            return self.plain_step(input)
         self.check_batch(input)
         return self.normalize_batch(input)
+
+    def plain_step(self, x: Tensor) -> Tensor:
+        """Take a training step of plain BatchNorm; an empty batch is counted and moves nothing, as in torch."""
+        moved = (self.running_mean, self.running_var, self.num_batches_tracked)
+        moved = moved if self.updates_running_statistics else (None, None, None)
+        return batch_norm_step(x, *moved, self.weight, self.bias, self.momentum, self.eps)
+
+    @property
+    def has_others_values(self) -> bool:
+        """Whether an empty batch has statistics all the same, since other processes add to them."""
+        return False
 
     @property
     def updates_running_statistics(self) -> bool:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from bn_lightning.errors import BatchNormError
+from bn_lightning.errors import ConversionError
 from bn_lightning.functional.normalize import normalize
 from bn_lightning.layers.base import BatchNormVariant
 
@@ -21,7 +21,7 @@ class FrozenBatchNorm(BatchNormVariant):
         (N, C, *).
 
     Raises:
-        BatchNormError: In the forward pass, if there are no running statistics to use.
+        ConversionError: If there are no running statistics to freeze (``track_running_stats=False``).
 
     Example:
         >>> import torch
@@ -37,7 +37,17 @@ class FrozenBatchNorm(BatchNormVariant):
     trainable: bool
 
     def configure(self, trainable: bool = True) -> None:
-        """Let scale and shift learn, or not."""
+        """Let scale and shift learn, or not.
+
+        Raises:
+            ConversionError: If there are no running statistics to freeze.
+        """
+        if self.running_mean is None:
+            raise ConversionError(
+                f"FrozenBatchNorm({self.num_features}) has no running statistics to freeze "
+                "(track_running_stats=False). "
+                "Exclude the layer, or train it with running statistics first."
+            )
         self.trainable = trainable
         if not trainable:
             for parameter in self.parameters(recurse=False):
@@ -46,9 +56,6 @@ class FrozenBatchNorm(BatchNormVariant):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, *) by the running statistics."""
         self._check_input_dim(input)
-        if self.running_mean is None or self.running_var is None:
-            raise BatchNormError(
-                f"FrozenBatchNorm({self.num_features}) has no running statistics (track_running_stats=False). "
-                "Exclude the layer, or train it with running statistics first."
-            )
+        assert self.running_mean is not None
+        assert self.running_var is not None
         return normalize(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)

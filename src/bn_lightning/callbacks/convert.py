@@ -1,0 +1,110 @@
+"""Replace BatchNorm by a variant when a stage begins."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from bn_lightning.callbacks.base import BatchNormCallback
+from bn_lightning.errors import ConversionError
+from bn_lightning.layers.base import BatchNormVariant
+from bn_lightning.layers.convert import convert_batch_norm
+from bn_lightning.layers.report import ConversionReport
+from bn_lightning.selection import as_patterns, describe, named_batch_norms
+
+__all__ = ["ConvertBatchNorm"]
+
+
+class ConvertBatchNorm(BatchNormCallback):
+    """Convert the LightningModule's BatchNorm layers in ``setup``, before a checkpoint is loaded.
+
+    The layers stay converted; ``callback.report.undo()`` or `bn_lightning.revert_batch_norm` turns them back. What
+    the report says is printed once, on rank zero. Layers that the module makes later, in its own ``setup`` or in
+    ``configure_model``, come too late for a callback: a warning names them. Convert them there, at the end of that
+    method. ``load_from_checkpoint`` runs no callbacks, but loads a converted network's checkpoint all the same.
+
+    Args:
+        variant: A name such as ``"ghost"``; the table is in the README.
+        include: Name patterns of the layers to convert; ``None`` means all.
+        exclude: Name patterns of layers to keep; ``None`` means none.
+        options: The variant's settings, such as ``{"virtual_batch_size": 32}``.
+
+    Attributes:
+        report: The last `ConversionReport`, ``None`` before the first stage.
+
+    Raises:
+        ConversionError: In ``setup``, for an unknown name or option, or a pattern that matches no layer. At the start
+            of a stage, if there was nothing to convert; at the start of fit, if something has replaced the converted
+            layers, as ``Trainer(sync_batchnorm=True)`` does.
+
+    Example:
+        >>> callback = ConvertBatchNorm("ghost", include=["layer4.*"], options={"virtual_batch_size": 32})
+        >>> trainer = pl.Trainer(callbacks=[callback], logger=False, accelerator="cpu", enable_progress_bar=False,
+        ...                      enable_model_summary=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        variant: str,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.variant = variant
+        self.include = as_patterns(include, "include")
+        self.exclude = as_patterns(exclude, "exclude")
+        self.options = dict(options or {})
+        self.report: ConversionReport | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not named_batch_norms(pl_module):
+            return  # they may appear yet
+        self.report = convert_batch_norm(
+            pl_module, self.variant, include=self.include, exclude=self.exclude, **self.options
+        )
+        if trainer.is_global_zero and any(row.changed for row in self.report.rows):
+            print(f"\n{self.report}")
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._report_newcomers(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._report_newcomers(pl_module)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._report_newcomers(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._report_newcomers(pl_module)
+
+    def _report_newcomers(self, pl_module: pl.LightningModule) -> None:
+        present = named_batch_norms(pl_module)
+        known = {row.name for row in self.report.rows} if self.report else set()
+        newcomers = {name: bn for name, bn in present.items() if name not in known}
+        cure = (
+            f"Call bn_lightning.convert_batch_norm(self, {self.variant!r}) at the end of the method of "
+            f"{type(pl_module).__name__} that makes them (setup or configure_model)."
+        )
+        if self.report is None and not all(isinstance(bn, BatchNormVariant) for bn in present.values()):
+            raise ConversionError(
+                f"ConvertBatchNorm({self.variant!r}) found no BatchNorm layer in setup, and now there are "
+                f"{len(newcomers)}: {describe(newcomers)}. {cure}"
+            )
+        if self.report is None and not present:
+            raise ConversionError(
+                f"ConvertBatchNorm({self.variant!r}): {type(pl_module).__name__} has no BatchNorm layer."
+            )
+        if newcomers and self.report:
+            rank_zero_warn(
+                f"ConvertBatchNorm({self.variant!r}) came before {len(newcomers)} BatchNorm layers were made, which "
+                f"are not converted: {describe(newcomers)}. {cure}"
+            )

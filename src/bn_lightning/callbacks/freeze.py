@@ -1,0 +1,118 @@
+"""Freeze BatchNorm layers for good: statistics, scale and shift."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from bn_lightning.callbacks.base import BatchNormCallback
+from bn_lightning.errors import ConversionError
+from bn_lightning.layers.convert import convert_batch_norm
+from bn_lightning.layers.frozen import FrozenBatchNorm
+from bn_lightning.layers.report import ConversionReport
+from bn_lightning.selection import as_patterns, describe, named_batch_norms, require_batch_norms
+
+__all__ = ["FreezeBatchNorm"]
+
+
+class FreezeBatchNorm(BatchNormCallback):
+    """Train with BatchNorm layers that neither learn nor move, from an epoch on.
+
+    The layers become `FrozenBatchNorm`, which normalizes by running statistics whatever the mode, so that neither
+    ``.train()`` nor a finetuning callback brings batch statistics back. The gradients of scale and shift are dropped
+    before every optimizer step rather than ``requires_grad`` taken away: DDP goes on finding them, weight decay and
+    momentum pass them by, and ``BackboneFinetuning(train_bn=True)``, which makes them trainable again, makes no
+    difference. When fit ends or fails, the layers get their own classes back, with their frozen values. What was
+    frozen is said once, on rank zero.
+
+    Args:
+        include: Name patterns of the layers to freeze; ``None`` means all.
+        exclude: Name patterns of layers to keep training; ``None`` means none.
+        from_epoch: First epoch, counted from 0, that they are frozen in.
+        trainable: Freeze the statistics alone; scale and shift go on learning.
+
+    Attributes:
+        report: The `ConversionReport` of what was frozen, ``None`` before that.
+
+    Raises:
+        ConversionError: When fit begins, if there is no BatchNorm layer or a pattern matches none.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[FreezeBatchNorm(include=["backbone.*"])], logger=False, accelerator="cpu",
+        ...                      enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        from_epoch: int = 0,
+        trainable: bool = False,
+    ) -> None:
+        if from_epoch < 0:
+            raise ConversionError(f"from_epoch counts epochs from 0, got {from_epoch}.")
+        self.include = as_patterns(include, "include")
+        self.exclude = as_patterns(exclude, "exclude")
+        self.from_epoch = from_epoch
+        self.trainable = trainable
+        self.report: ConversionReport | None = None
+        self._undoable: ConversionReport | None = None
+        self._frozen: dict[str, FrozenBatchNorm] = {}
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        require_batch_norms(pl_module, self.include, self.exclude, error=ConversionError)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._freeze_if_due(trainer, pl_module)  # a run resumed within an epoch starts none
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._freeze_if_due(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self.trainable:
+            return
+        for layer in self._frozen.values():
+            for parameter in layer.parameters(recurse=False):
+                parameter.grad = None  # not zero: momentum and weight decay would still move it
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._thaw()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._thaw()
+
+    def _freeze_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._frozen or trainer.current_epoch < self.from_epoch:
+            return
+        self.report = self._undoable = convert_batch_norm(
+            pl_module, FrozenBatchNorm, include=self.include, exclude=self.exclude
+        )
+        picked = named_batch_norms(pl_module, self.include, self.exclude)
+        self._frozen = {name: bn for name, bn in picked.items() if isinstance(bn, FrozenBatchNorm)}
+        what = "running statistics" if self.trainable else "running statistics, scale and shift"
+        rank_zero_info(
+            f"FreezeBatchNorm: {len(self._frozen)} BatchNorm layers are frozen from epoch {trainer.current_epoch} on "
+            f"({what}): {', '.join(self._frozen)}."
+        )
+        left = {name: bn for name, bn in picked.items() if name not in self._frozen}
+        if left:
+            reasons = {row.name: row.reason for row in self.report.rows}
+            first = next(iter(left))
+            rank_zero_warn(
+                f"FreezeBatchNorm could not freeze {len(left)} of {len(picked)} BatchNorm layers ({describe(left)}). "
+                f"The first: {reasons[first]}."
+            )
+
+    def _thaw(self) -> None:
+        if self._undoable is not None:
+            self._undoable.undo()
+        self._undoable, self._frozen = None, {}

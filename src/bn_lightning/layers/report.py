@@ -1,0 +1,79 @@
+"""What became of every BatchNorm layer in a conversion, and the way back."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bn_lightning.errors import ConversionError
+from bn_lightning.layers.swap import LayerChange
+from bn_lightning.reports.table import Table
+
+__all__ = ["ConversionReport", "ConversionRow"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionRow:
+    """What became of one BatchNorm layer.
+
+    Attributes:
+        name: Its qualified name; the first, if it is registered under several.
+        before: Name of its class before.
+        after: Name of its class after.
+        reason: Begins with ``converted``, ``already``, ``excluded`` or ``kept``, and goes on with what there is to say.
+    """
+
+    name: str
+    before: str
+    after: str
+    reason: str
+
+    @property
+    def changed(self) -> bool:
+        """Whether the layer was changed."""
+        return self.reason.startswith("converted")
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionReport:
+    """What `convert_batch_norm` or `revert_batch_norm` did, and the way back.
+
+    Attributes:
+        title: One line.
+        rows: One for every BatchNorm layer of the model, in registration order.
+    """
+
+    title: str
+    rows: tuple[ConversionRow, ...]
+    _changes: tuple[LayerChange, ...] = field(default=(), repr=False, compare=False)
+
+    def undo(self) -> None:
+        """Give every layer back its class, attributes, buffers and ``requires_grad``; again is harmless.
+
+        It is the conversion that is undone, not the training since: parameters and running statistics keep the values
+        they have by now. Several conversions are undone in reverse order.
+
+        Raises:
+            ConversionError: If a layer was converted once more; nothing is undone then.
+        """
+        changed = [row for row in self.rows if row.changed]
+        for change, row in zip(self._changes, changed, strict=False):  # a dry run changed nothing
+            if not change.undone and not change.stands:
+                raise ConversionError(
+                    f"{row.name or '(root)'!r} is a {type(change.layer).__name__} by now, not the {row.after} that "
+                    "this conversion made of it. Undo the later conversion first; nothing was undone."
+                )
+        for change in reversed(self._changes):
+            change.undo()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that go into JSON."""
+        return {"title": self.title, "rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
+        rows = [(row.name or "(root)", row.before, row.after, row.reason) for row in self.rows]
+        return Table(self.title, ("layer", "before", "after", "reason"), rows)
