@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import bn_lightning
+
 SOURCE = Path(__file__).parent.parent / "src" / "bn_lightning"
 RANK = {
     # Of the design's rank 0, these two stand under the others, which could otherwise not raise one family of errors.
@@ -85,3 +87,10 @@ def test_import_is_light():
     code = f"import bn_lightning, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_resolves():
+    assert {name for name in bn_lightning.__all__ if not callable(getattr(bn_lightning, name))} == set()
+    assert set(bn_lightning.__all__) <= set(dir(bn_lightning))
+    with pytest.raises(AttributeError, match="has no attribute 'GostBatchNorm'"):
+        bn_lightning.GostBatchNorm  # noqa: B018

@@ -7,6 +7,19 @@ if TYPE_CHECKING:
     from bn_lightning.auditing import audit_batch_norm
     from bn_lightning.folding import fold_batch_norm, plan_fold
     from bn_lightning.layers import (
+        AdaptiveBatchNorm,
+        BatchRenorm,
+        ChannelAffine,
+        CrossReplicaBatchNorm,
+        DebiasedBatchNorm,
+        DomainBatchNorm,
+        FrozenBatchNorm,
+        GhostBatchNorm,
+        LpBatchNorm,
+        MaskedBatchNorm,
+        NoisyBatchNorm,
+        SkipInit,
+        adjust_momentum,
         batch_norm_layer,
         convert_batch_norm,
         merge_statistics,
@@ -24,6 +37,19 @@ __version__ = "0.1.0"
 
 # Resolved at first use (PEP 562): `import bn_lightning` costs no more than `import torch`.
 _HOMES = {
+    "AdaptiveBatchNorm": "layers",
+    "BatchRenorm": "layers",
+    "ChannelAffine": "layers",
+    "CrossReplicaBatchNorm": "layers",
+    "DebiasedBatchNorm": "layers",
+    "DomainBatchNorm": "layers",
+    "FrozenBatchNorm": "layers",
+    "GhostBatchNorm": "layers",
+    "LpBatchNorm": "layers",
+    "MaskedBatchNorm": "layers",
+    "NoisyBatchNorm": "layers",
+    "SkipInit": "layers",
+    "adjust_momentum": "layers",
     "audit_batch_norm": "auditing",
     "batch_norm_layer": "layers",
     "convert_batch_norm": "layers",
@@ -41,6 +67,19 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptiveBatchNorm",
+    "BatchRenorm",
+    "ChannelAffine",
+    "CrossReplicaBatchNorm",
+    "DebiasedBatchNorm",
+    "DomainBatchNorm",
+    "FrozenBatchNorm",
+    "GhostBatchNorm",
+    "LpBatchNorm",
+    "MaskedBatchNorm",
+    "NoisyBatchNorm",
+    "SkipInit",
+    "adjust_momentum",
     "audit_batch_norm",
     "batch_norm_layer",
     "convert_batch_norm",
