@@ -52,15 +52,17 @@ class GhostBatchNorm(BatchNormVariant):
     def normalize_batch(self, x: Tensor) -> Tensor:
         """Normalize the whole groups in one call, and what is left over in another."""
         whole = self._in_whole_groups(x)
-        parts = [part for part in (x[:whole], x[whole:]) if part.shape[0]]
+        # Whole, or split: the gradient of a slice is as large as x, and zero elsewhere.
+        parts = x.split([whole, x.shape[0] - whole]) if 0 < whole < x.shape[0] else (x,)
         results = [self._normalize_groups(part, max(1, part.shape[0] // self.virtual_batch_size)) for part in parts]
-        shares = [part.shape[0] / x.shape[0] for part in parts]
-        mean, var = (
-            torch.stack([share * result[i] for share, result in zip(shares, results, strict=True)]).sum(0)
-            for i in (1, 2)
-        )
-        self.update_running_statistics(mean, var)
-        return results[0][0] if len(results) == 1 else torch.cat([y for y, _, _ in results])
+        if len(results) == 1:
+            y, statistics = results[0]
+        else:
+            y = torch.cat([y for y, _ in results])
+            shares = [part.shape[0] / x.shape[0] for part in parts]
+            statistics = torch.stack([own * share for (_, own), share in zip(results, shares, strict=True)]).sum(0)
+        self.update_running_statistics(*statistics.unbind())
+        return y
 
     def _in_whole_groups(self, x: Tensor) -> int:
         """Count the examples that are normalized in groups of equal size."""
@@ -76,16 +78,17 @@ class GhostBatchNorm(BatchNormVariant):
         # A single value has no variance: its group joins the one before.
         return examples - rest - (size if rest * values == 1 else 0)
 
-    def _normalize_groups(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalize groups of equal size; return also their average mean and variance (correction=1)."""
+    def _normalize_groups(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """Normalize groups of equal size; return also their average mean and variance (correction=1), (2, C)."""
         if x.is_contiguous():
             # Free of copies: (v·k, C, *) is (v, k·C, *) in memory.
             grouped = x.view(x.shape[0] // groups, groups * self.num_features, *x.shape[2:])
             weight, bias = (None if p is None else p.repeat(groups) for p in (self.weight, self.bias))
             y, mean, var = batch_norm_with_statistics(grouped, weight, bias, self.eps)
-            return y.view(x.shape), mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0)
+            return y.view(x.shape), torch.stack([mean, var]).view(2, groups, -1).mean(1)
         results = [
-            batch_norm_with_statistics(chunk, self.weight, self.bias, self.eps) for chunk in x.tensor_split(groups)
+            batch_norm_with_statistics(chunk, self.weight, self.bias, self.eps)
+            for chunk in x.split(x.shape[0] // groups)
         ]
-        mean, var = (torch.stack([result[i] for result in results]).mean(0) for i in (1, 2))
-        return torch.cat([y for y, _, _ in results]), mean, var
+        statistics = torch.stack([torch.stack([mean, var]) for _, mean, var in results])
+        return torch.cat([y for y, _, _ in results]), statistics.mean(0)
