@@ -7,6 +7,7 @@ from torch import nn
 
 from bn_lightning import fold_batch_norm, recalibrate_batch_norm
 from bn_lightning.callbacks import ActivationMonitor, BatchNormAudit, FoldBatchNorm
+from bn_lightning.layers.registry import VARIANTS
 from bn_lightning.modules import DigitsDataModule, ImageClassifier
 from bn_lightning.monitoring import ActivationWatch
 from bn_lightning.networks import ResidualNetwork
@@ -118,3 +119,28 @@ def test_training_on_the_device_is_bitwise_unchanged(precision, tmp_path, monkey
         assert torch.equal(watched[name], value), name
     assert len(audit.report.layers) == len(named_batch_norms(ResidualNetwork(**SMALL)))
     assert {row.action for row in fold.report.rows} == {"folded-backward"}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"noisy"}))
+def test_variants_do_what_they_do_on_the_cpu_without_waiting_for_the_device(name, memory_format):
+    generator = torch.Generator().manual_seed(2)
+    x = (torch.randn(32, 4, 6, 6, generator=generator) * 2 + 1).to(memory_format=memory_format)
+    grad = torch.randn(32, 4, 6, 6, generator=generator)
+    results = []
+    for device in ("cpu", "cuda"):
+        layer = VARIANTS[name](4)
+        layer.running_mean.copy_(torch.arange(4) / 4)
+        nn.init.constant_(layer.num_batches_tracked, 30_000)
+        layer, one = layer.to(device), x.to(device).requires_grad_()
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            y = layer(one)
+            y.backward(grad.to(device))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append(
+            [t.cpu() for t in (y.detach(), one.grad, *(p.grad for p in layer.parameters()), *layer.buffers())]
+        )
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
