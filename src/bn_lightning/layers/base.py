@@ -81,7 +81,7 @@ class BatchNormVariant(_BatchNorm):
         """Set the variant's options, checked; called by the constructor and by conversion."""
 
     def adopt_statistics(self) -> str | None:
-        """Take over the statistics found on conversion; return what had to change for that, if anything."""
+        """Take over the statistics found on conversion; return what there is to say about it, if anything."""
         return None
 
     def unlike_population(self) -> str | None:

@@ -61,6 +61,10 @@ class LpBatchNorm(BatchNormVariant):
         """Say that ``running_var`` is no variance, if so."""
         return None if self.p == 2 and self.centered else "its running_var is the square of an Lp norm, no variance"
 
+    def adopt_statistics(self) -> str | None:
+        """Say what evaluation goes by until training has moved the statistics."""
+        return "running_var is a variance until training has replaced it" if self.unlike_population() else None
+
     def normalize_batch(self, x: Tensor) -> Tensor:
         """Normalize by the batch's mean and Lp norm."""
         if self.p == 2 and self.centered:
