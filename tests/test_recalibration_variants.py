@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import bn_lightning as bnl
-from bn_lightning.errors import RecalibrationError
+from bn_lightning.errors import AuditError, RecalibrationError
 from bn_lightning.layers import (
     DomainBatchNorm,
     FrozenBatchNorm,
@@ -64,3 +64,10 @@ def test_the_others_are_recalibrated(layer):
     data = torch.cat(batches()).double()
     torch.testing.assert_close(layer.running_mean.double(), data.mean(0))
     torch.testing.assert_close(layer.running_var.double(), data.var(0))
+
+
+def test_an_audit_that_can_compare_nothing_is_refused():
+    with pytest.raises(
+        AuditError, match=r"no selected .* can be compared .*Of '0' \(LpBatchNorm\): its running_var is"
+    ):
+        bnl.audit_batch_norm(nn.Sequential(LpBatchNorm(2)), batches())

@@ -179,3 +179,32 @@ def test_unknown_names_and_patterns_are_refused_in_setup():
         trainer(ConvertBatchNorm("ghost", include=["layer9.*"])).fit(Module(), loader())
     with pytest.raises(ValueError, match="bare string"):
         ConvertBatchNorm("ghost", include="network.*")
+
+
+def test_the_way_back_stays_open_after_a_test_and_is_left_open():
+    module, callback = Module(), ConvertBatchNorm("group", options={"num_groups": 2})
+    run = trainer(callback)
+    run.fit(module, loader())
+    run.test(module, loader(), verbose=False)
+    assert type(module.network[1]) is nn.GroupNorm
+    callback.report.undo()
+    assert type(module.network[1]) is nn.BatchNorm2d
+    run.test(module, loader(), verbose=False)
+    assert type(module.network[1]) is nn.BatchNorm2d  # the user's word stands until the next fit
+    other = Module()
+    run.test(other, loader(), verbose=False)
+    assert type(other.network[1]) is nn.GroupNorm
+
+
+def test_layers_that_have_to_be_kept_are_named():
+    with pytest.warns(
+        UserWarning, match=r"left 2 of 2 .* as they are: network\.1, network\.4\. The first, .*num_groups=1 w"
+    ):
+        trainer(ConvertBatchNorm("group", options={"num_groups": 3})).fit(Module(), loader())
+
+
+def test_what_can_be_refused_at_once_is():
+    with pytest.raises(ConversionError, match="did you mean 'ghost'"):
+        ConvertBatchNorm("GhostBatchNorm")
+    with pytest.raises(ConversionError, match="virtual_batch_size counts"):
+        ConvertBatchNorm("ghost", options={"virtual_batch_size": 0})

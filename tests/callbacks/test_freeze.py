@@ -238,3 +238,8 @@ def test_bad_settings_are_refused():
 def test_a_copy_of_the_callback_is_independent():
     one = FreezeBatchNorm()
     assert copy.deepcopy(one)._frozen is not one._frozen
+
+
+def test_a_fit_that_ends_too_early_says_so():
+    with pytest.warns(UserWarning, match=r"FreezeBatchNorm\(from_epoch=5\) has frozen nothing: fit ended in epoch 1"):
+        fit(Module(), FreezeBatchNorm(from_epoch=5), epochs=1)

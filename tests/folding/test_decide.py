@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from bn_lightning import fold_batch_norm, plan_fold
+from bn_lightning import convert_batch_norm, fold_batch_norm, plan_fold
 
 
 class Net(nn.Module):
@@ -371,3 +371,11 @@ def test_a_layer_that_only_some_calls_reach_in_another_way_stays(randomize, imag
     net = randomize(Fork())
     assert plan_fold(net, images).rows[0].action == "folded-backward"
     assert plan_fold(net, [images, images[:1]]).rows[0].reason == "nonlinear_between"
+
+
+def test_a_variant_says_that_reverting_comes_first():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).eval()
+    convert_batch_norm(model, "ghost")
+    (row,) = plan_fold(model, torch.zeros(1, 1, 2, 2)).rows
+    assert (row.action, row.reason) == ("kept", "subclass")
+    assert row.detail.endswith("revert_batch_norm first")

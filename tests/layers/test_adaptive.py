@@ -149,7 +149,7 @@ def test_without_running_statistics_the_batch_counts(alpha):
 
 def test_a_single_value_is_refused_where_it_alone_counts():
     x = torch.ones(1, 3, 1, dtype=torch.float64)
-    with pytest.raises(BatchNormError, match=r"alpha=1\.0\).* more than one value per channel, got shape \(1, 3, 1\)"):
+    with pytest.raises(BatchNormError, match=r"alpha=1\.0 .* more than one value per channel, got shape \(1, 3, 1\)"):
         build(1.0).eval()(x)
     with pytest.raises(BatchNormError, match="more than one value per channel"):
         build(0.5, track_running_stats=False).eval()(x)

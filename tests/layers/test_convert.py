@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bn_lightning as bnl
-from bn_lightning.errors import ConversionError
+from bn_lightning import convert_batch_norm, revert_batch_norm
+from bn_lightning.errors import BatchNormError, ConversionError
 from bn_lightning.layers import BatchRenorm, FrozenBatchNorm, GhostBatchNorm
 from bn_lightning.layers.registry import VARIANTS
 
@@ -228,3 +229,29 @@ def test_any_conversions_are_undone_in_reverse_order(names, train):
     assert kinds(model) == [nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm1d]
     if train and "domain" not in names:
         assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+
+
+def test_a_converted_layer_is_named_in_its_errors():
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(3)), nn.BatchNorm1d(3))
+    convert_batch_norm(model, "ghost", include=("0.0",))
+    with pytest.raises(BatchNormError, match=r"'0\.0', a GhostBatchNorm\(3\), needs more than one value per channel"):
+        model(torch.zeros(1, 3))
+    revert_batch_norm(model)
+    assert "known_as" not in model[0][0].__dict__
+
+
+def test_the_printed_report_names_what_was_not_selected_below():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    report = convert_batch_norm(model, "ghost", include=("1",))
+    assert [row.reason for row in report.rows] == ["excluded by pattern", "converted", "excluded by pattern"]
+    assert str(report).splitlines()[-1] == "2 not selected: 0, 2"
+
+
+def test_new_parameters_are_said_to_be_missing_in_the_optimizer():
+    report = convert_batch_norm(nn.BatchNorm1d(3), "domain", num_domains=3, per_domain_affine=True)
+    assert "4 new parameters: make the optimizer afterwards" in report.rows[0].reason
+
+
+def test_what_the_callback_takes_is_not_what_the_function_takes():
+    with pytest.raises(ConversionError, match="no option 'options' \\(pass them as they are: virtual_batch_size=16\\)"):
+        convert_batch_norm(nn.BatchNorm1d(3), "ghost", options={"virtual_batch_size": 16})

@@ -89,7 +89,7 @@ def test_channels_that_do_not_divide_and_a_shift_alone_are_kept():
     model = nn.Sequential(layer(features=6), layer(features=8), GhostBatchNorm(8, affine="shift"))
     report = bnl.convert_batch_norm(model, "group", num_groups=4)
     assert [row.reason for row in report.rows] == [
-        "kept: 6 channels do not divide into 4 groups",
+        "kept: 6 channels do not divide into 4 groups; num_groups=2 would fit",
         "converted: its running statistics are gone, and the network needs training",
         "kept: torch's group norm cannot go backward through a shift without a scale",
     ]

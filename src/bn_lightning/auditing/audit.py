@@ -74,6 +74,13 @@ def audit_batch_norm(
     reading = AuditReading(
         network, tuple(read_layer(name, layers[name], population) for name, population in measured.items())
     )
+    if all(layer.gap is None and layer.population.unlike for layer in reading.layers):
+        first = reading.layers[0]
+        raise AuditError(
+            f"no selected BatchNorm layer of {type(network).__name__} can be compared with the training data "
+            f"({describe(layers)}). Of {first.name or '(root)'!r} ({type(first.layer).__name__}): "
+            f"{first.population.unlike}."
+        )
     rows = sorted((gap_row(layer) for layer in reading.layers), key=lambda row: row.rank)
     place = {row.name: index for index, row in enumerate(rows)}
     findings = sorted(

@@ -1,6 +1,7 @@
 """Replace BatchNorm by a variant when a stage begins."""
 
 from typing import Any
+from weakref import ReferenceType, ref
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,6 +12,7 @@ from bn_lightning.errors import ConversionError
 from bn_lightning.layers.base import BatchNormVariant
 from bn_lightning.layers.convert import convert_batch_norm
 from bn_lightning.layers.report import ConversionReport
+from bn_lightning.layers.target import resolve_target
 from bn_lightning.selection import as_patterns, describe, named_batch_norms
 
 __all__ = ["ConvertBatchNorm"]
@@ -19,10 +21,14 @@ __all__ = ["ConvertBatchNorm"]
 class ConvertBatchNorm(BatchNormCallback):
     """Convert the LightningModule's BatchNorm layers in ``setup``, before a checkpoint is loaded.
 
-    The layers stay converted; ``callback.report.undo()`` or `bn_lightning.revert_batch_norm` turns them back. What
-    the report says is printed once, on rank zero. Layers that the module makes later, in its own ``setup`` or in
+    The layers stay converted; ``callback.report.undo()`` or `bn_lightning.revert_batch_norm` turns them back, and a
+    later validate, test or predict leaves that as it is. What the report says is printed once, on rank zero; a warning
+    names layers that had to be kept. Layers that the module makes later, in its own ``setup`` or in
     ``configure_model``, come too late for a callback: a warning names them. Convert them there, at the end of that
-    method. ``load_from_checkpoint`` runs no callbacks, but loads a converted network's checkpoint all the same.
+    method.
+
+    ``load_from_checkpoint`` runs no callbacks, and loads a converted network's checkpoint into the plain one all the
+    same; for ``"domain"`` and ``"group"``, whose state_dicts are others, convert in the module's ``__init__`` instead.
 
     Args:
         variant: A name such as ``"ghost"``; the table is in the README.
@@ -34,9 +40,9 @@ class ConvertBatchNorm(BatchNormCallback):
         report: The last `ConversionReport`, ``None`` before the first stage.
 
     Raises:
-        ConversionError: In ``setup``, for an unknown name or option, or a pattern that matches no layer. At the start
-            of a stage, if there was nothing to convert; at the start of fit, if something has replaced the converted
-            layers, as ``Trainer(sync_batchnorm=True)`` does.
+        ConversionError: For an unknown name or option. At the start of a stage, if there was no BatchNorm layer; at
+            the start of fit, if something has replaced the converted layers, as ``Trainer(sync_batchnorm=True)`` does.
+        BatchNormError: In ``setup``, for a pattern that matches no layer.
 
     Example:
         >>> callback = ConvertBatchNorm("ghost", include=["layer4.*"], options={"virtual_batch_size": 32})
@@ -55,17 +61,14 @@ class ConvertBatchNorm(BatchNormCallback):
         self.include = as_patterns(include, "include")
         self.exclude = as_patterns(exclude, "exclude")
         self.options = dict(options or {})
+        resolve_target(variant, self.options)  # refuse now what would fail at the start of fit
         self.report: ConversionReport | None = None
+        self._converted: ReferenceType[pl.LightningModule] | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not named_batch_norms(pl_module):
-            return  # they may appear yet
-        self.report = convert_batch_norm(
-            pl_module, self.variant, include=self.include, exclude=self.exclude, **self.options
-        )
-        if trainer.is_global_zero and any(row.changed for row in self.report.rows):
-            print(f"\n{self.report}")
+        if named_batch_norms(pl_module):  # else they may appear yet
+            self._convert(trainer, pl_module, again=stage == "fit")
         super().setup(trainer, pl_module, stage)
 
     @override
@@ -85,6 +88,24 @@ class ConvertBatchNorm(BatchNormCallback):
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._report_newcomers(pl_module)
+
+    def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, again: bool) -> None:
+        known = self._converted is not None and self._converted() is pl_module
+        if known and not again:
+            return
+        report = convert_batch_norm(pl_module, self.variant, include=self.include, exclude=self.exclude, **self.options)
+        kept = {row.name: row for row in report.rows if row.reason.startswith("kept")}
+        if kept:
+            first = next(iter(kept.values()))
+            rank_zero_warn(
+                f"ConvertBatchNorm({self.variant!r}) left {len(kept)} of {len(report.rows)} BatchNorm layers as they "
+                f"are: {', '.join(kept)}. The first, {first.name!r}, is {first.reason}."
+            )
+        changed = any(row.changed for row in report.rows)
+        if changed and trainer.is_global_zero:
+            print(f"\n{report}")
+        if changed or not known:  # a report without changes would undo nothing
+            self.report, self._converted = report, ref(pl_module)
 
     def _report_newcomers(self, pl_module: pl.LightningModule) -> None:
         present = named_batch_norms(pl_module)

@@ -83,6 +83,14 @@ class FreezeBatchNorm(BatchNormCallback):
                 parameter.grad = None  # not zero: momentum and weight decay would still move it
 
     @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._frozen:
+            rank_zero_warn(
+                f"FreezeBatchNorm(from_epoch={self.from_epoch}) has frozen nothing: fit ended in epoch "
+                f"{trainer.current_epoch}."
+            )
+
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._thaw()
 

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from bn_lightning.folding.arithmetic import folded_tensors, owned_tensor
 from bn_lightning.folding.report import FoldPair
 from bn_lightning.internals import hooks_on
+from bn_lightning.layers.base import BatchNormVariant
 from bn_lightning.tracing.layers import TENSOR_ROLES
 from bn_lightning.tracing.record import ForwardRecord, Operation
 
@@ -88,7 +89,8 @@ def _as_a_module(name: str, bn: _BatchNorm) -> Kept | None:
             "no_stats", f"track_running_stats={bn.track_running_stats}: it normalizes by the batch in evaluation"
         )
     if type(bn).forward not in _KNOWN_FORWARDS:
-        return Kept("subclass", f"{type(bn).__name__} has a forward of its own")
+        cure = "; bn_lightning.revert_batch_norm first" if isinstance(bn, BatchNormVariant) else ""
+        return Kept("subclass", f"{type(bn).__name__} has a forward of its own{cure}")
     return _hooked(name, bn)
 
 

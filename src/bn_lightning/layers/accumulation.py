@@ -118,7 +118,6 @@ class MomentumResult:
 
 def adjust_momentum(
     model: nn.Module,
-    *,
     accumulate_grad_batches: int,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),

@@ -72,7 +72,7 @@ class AdaptiveBatchNorm(BatchNormVariant):
     def _check_variance(self, x: Tensor) -> None:
         if x.numel() == x.shape[1]:
             raise BatchNormError(
-                f"AdaptiveBatchNorm({self.num_features}, alpha={self.alpha}) evaluates by the batch's statistics alone "
+                f"{self.label} evaluates with alpha={self.alpha} by the batch's statistics alone "
                 f"and needs more than one value per channel, got shape {tuple(x.shape)}. Use a larger batch, or alpha "
                 "below 1 and running statistics."
             )

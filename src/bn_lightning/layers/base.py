@@ -51,6 +51,8 @@ class BatchNormVariant(_BatchNorm):
 
     #: The plain class a converted layer had; ``None`` for one that was built as what it is.
     converted_from: type[_BatchNorm] | None = None
+    #: The name it was converted under, for messages; a layer does not know where it is.
+    known_as: str | None = None
 
     def __init__(
         self,
@@ -142,6 +144,12 @@ class BatchNormVariant(_BatchNorm):
         return False
 
     @property
+    def label(self) -> str:
+        """What messages call the layer."""
+        name = f"{type(self).__name__}({self.num_features})"
+        return name if self.known_as is None else f"{self.known_as or '(root)'!r}, a {name},"
+
+    @property
     def updates_running_statistics(self) -> bool:
         """Whether this forward pass moves them: in training, unless paused (``track_running_stats=False``)."""
         return self.training and self.track_running_stats and self.running_mean is not None
@@ -154,7 +162,7 @@ class BatchNormVariant(_BatchNorm):
         """
         if x.numel() == x.shape[1]:
             raise BatchNormError(
-                f"{type(self).__name__}({self.num_features}) needs more than one value per channel to take batch "
+                f"{self.label} needs more than one value per channel to take batch "
                 f"statistics of, got shape {tuple(x.shape)}. Use a larger batch, drop the last one of an epoch "
                 "(drop_last=True), or evaluation mode."
             )
@@ -208,7 +216,4 @@ class BatchNormVariant(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2 or input.shape[1] != self.num_features:
-            raise BatchNormError(
-                f"{type(self).__name__}({self.num_features}) takes (N, {self.num_features}, *), "
-                f"got shape {tuple(input.shape)}."
-            )
+            raise BatchNormError(f"{self.label} takes (N, {self.num_features}, *), got shape {tuple(input.shape)}.")

@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 
 from bn_lightning.errors import BatchNormError, ConversionError
+from bn_lightning.layers.base import BatchNormVariant
 from bn_lightning.layers.kinds import is_candidate, scripted_batch_norm, why_not
-from bn_lightning.layers.report import ConversionReport, ConversionRow
+from bn_lightning.layers.report import EXCLUDED, ConversionReport, ConversionRow
 from bn_lightning.layers.swap import LayerChange
 from bn_lightning.layers.target import resolve_target
 from bn_lightning.layers.wrappers import refuse_sharded, refuse_under_ddp
@@ -97,10 +98,12 @@ def change_layers(
     try:
         for name, layer in candidates.items():
             before = type(layer).__name__
-            decision = decide(layer) if name in picked else "excluded by pattern"
+            decision = decide(layer) if name in picked else EXCLUDED
             if not isinstance(decision, str):
                 changes.append(LayerChange(layer))
                 decision = ": ".join(filter(None, ("converted", _attempt(name, decision))))
+                if isinstance(layer, BatchNormVariant):
+                    layer.known_as = name
                 changes[-1].note()
             also = names[id(layer)][1:]
             note = f" (also registered as {', '.join(also)})" if also else ""
@@ -110,6 +113,8 @@ def change_layers(
         _undo(changes)
         raise
     done = f"{'would convert' if dry_run else 'converted'} {len(changes)} of {len(rows)} BatchNorm layers {goal}"
+    kept = sum(row.reason.startswith("kept") for row in rows)
+    done += f", kept {kept} as they are" if kept else ""
     if dry_run:
         _undo(changes)
         changes = []
@@ -137,7 +142,7 @@ def _attempt(name: str, change: Callable[[], str]) -> str:
         return change()
     except BatchNormError as error:
         raise ConversionError(
-            f"{name or '(root)'!r} cannot be converted: {error} Exclude the layer with exclude=; nothing was converted."
+            f"{name or '(root)'!r} cannot be converted: {error} Nothing was converted; exclude= leaves a layer out."
         ) from error
 
 

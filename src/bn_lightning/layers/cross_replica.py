@@ -120,7 +120,7 @@ class CrossReplicaBatchNorm(RenormSchedule):
             assert_async(count > 1, "CrossReplicaBatchNorm: one value per channel in all processes together")
         elif int(count) < 2:
             raise BatchNormError(
-                f"CrossReplicaBatchNorm({self.num_features}) needs more than one value per channel to take batch "
+                f"{self.label} needs more than one value per channel to take batch "
                 f"statistics of, and {distributed.get_world_size(group)} processes have {int(count)} together (here "
                 f"shape {tuple(x.shape)}). Use a larger batch, drop the last one of an epoch (drop_last=True), or "
                 "evaluation mode."

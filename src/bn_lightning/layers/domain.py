@@ -124,6 +124,11 @@ class DomainBatchNorm(BatchNormVariant):
         weight, bias = (getattr(self, f"other_{name}_{domain}", None) for name in ("weight", "bias"))
         return DomainTensors(mean, var, count, weight, bias)
 
+    def adopt_statistics(self) -> str | None:
+        """Say that there are parameters which an optimizer made before does not have."""
+        new = len(_others(self._parameters))
+        return f"{new} new parameters: make the optimizer afterwards, or add them to it" if new else None
+
     def unlike_population(self) -> str | None:
         """Say which domain is in use, where it is not the one that everybody sees."""
         return f"domain {self.domain} is in use, and running_mean is domain 0's" if self.domain else None

@@ -20,7 +20,7 @@ class GhostBatchNorm(BatchNormVariant):
     them once a group.
 
     Args:
-        virtual_batch_size: Examples a group.
+        virtual_batch_size: Examples a group. A batch that is no larger is normalized as plain BatchNorm does.
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: See `BatchNormVariant`.
 
     Shape:
@@ -71,8 +71,8 @@ class GhostBatchNorm(BatchNormVariant):
         size = min(self.virtual_batch_size, examples)
         if size * values == 1:
             raise BatchNormError(
-                f"GhostBatchNorm({self.num_features}, virtual_batch_size={self.virtual_batch_size}) would normalize "
-                f"groups with one value per channel in a batch of shape {tuple(x.shape)}. Use at least 2."
+                f"{self.label} would normalize groups with one value per channel in a batch of shape "
+                f"{tuple(x.shape)}. Use at least 2 for virtual_batch_size, which is {self.virtual_batch_size}."
             )
         rest = examples % size
         # A single value has no variance: its group joins the one before.

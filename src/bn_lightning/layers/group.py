@@ -1,5 +1,6 @@
 """GroupNorm in BatchNorm's place: scale and shift stay, running statistics go."""
 
+import math
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def check_num_groups(num_groups: int) -> None:
 def why_no_group_norm(layer: _BatchNorm, num_groups: int) -> str | None:
     """Say why a layer cannot become a GroupNorm; ``None`` if it can."""
     if layer.num_features % num_groups:
-        return f"{layer.num_features} channels do not divide into {num_groups} groups"
+        fits = math.gcd(layer.num_features, num_groups)
+        return f"{layer.num_features} channels do not divide into {num_groups} groups; num_groups={fits} would fit"
     if layer.weight is None and layer.bias is not None:
         return "torch's group norm cannot go backward through a shift without a scale"
     return None

@@ -73,7 +73,10 @@ def why_not(module: nn.Module) -> str | None:
     known = isinstance(module, BatchNormVariant) and (kind in VARIANTS.values() or "converted_from" in module.__dict__)
     if is_plain(module) or known or isinstance(module, ThenActivation) or is_converted_group_norm(module):
         return None
-    return f"{kind.__module__}.{kind.__qualname__} is a class of its own, which conversion would lose"
+    return (
+        f"{kind.__module__}.{kind.__qualname__} is a class of its own, and conversion would lose what it does; "
+        "build the network with a plain BatchNorm in its place"
+    )
 
 
 def scripted_batch_norm(module: nn.Module) -> str | None:

@@ -81,20 +81,19 @@ class MaskedBatchNorm(BatchNormVariant):
             mask = mask.unsqueeze(1)
         elif mask.shape != (x.shape[0], 1, *x.shape[2:]):
             raise BatchNormError(
-                f"MaskedBatchNorm({self.num_features}) got a mask of shape {tuple(mask.shape)} for an input of shape "
+                f"{self.label} got a mask of shape {tuple(mask.shape)} for an input of shape "
                 f"{tuple(x.shape)}; it has to be {expected}, one value a position for all channels. Where the network "
                 "changes the resolution, give its inner part a mask of its own: valid_positions(part, mask) nests."
             )
         if mask.device != x.device:
             raise BatchNormError(
-                f"MaskedBatchNorm({self.num_features}) got a mask on {mask.device} for an input on {x.device}. "
-                "Move the mask there."
+                f"{self.label} got a mask on {mask.device} for an input on {x.device}. Move the mask there."
             )
         return mask
 
     def _check_count(self, count: Tensor) -> None:
         """Refuse a mask that leaves no variance."""
-        needs = f"MaskedBatchNorm({self.num_features}) needs two valid positions at least to take statistics of"
+        needs = f"{self.label} needs two valid positions at least to take statistics of"
         cure = "Skip the batch, drop examples without valid positions, or use evaluation mode."
         if count.is_cuda or torch.compiler.is_compiling():
             assert_async(count > 1, f"{needs}, the mask marks fewer. {cure}")
@@ -146,5 +145,5 @@ def _check_kind(mask: Tensor) -> None:
         kind = f"{mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise BatchNormError(
             f"the mask has to be a bool tensor, True for the positions that count, got a {kind}; "
-            "mask.bool() makes one of zeros and ones."
+            "of lengths it is torch.arange(L) < lengths[:, None], of zeros and ones mask.bool()."
         )

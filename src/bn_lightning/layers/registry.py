@@ -47,7 +47,9 @@ def find_variant(name: str) -> type[BatchNormVariant]:
     """
     if name not in VARIANTS:
         known = [*VARIANTS, GROUP]
-        raise ConversionError(f"there is no variant {name!r}{nearest(name, known)}; there are {', '.join(known)}.")
+        classes = {kind.__name__: key for key, kind in VARIANTS.items()}
+        hint = f" (did you mean {classes[name]!r}?)" if name in classes else nearest(name, known)
+        raise ConversionError(f"there is no variant {name!r}{hint}; there are {', '.join(known)}.")
     return VARIANTS[name]
 
 

@@ -7,7 +7,10 @@ from bn_lightning.errors import ConversionError
 from bn_lightning.layers.swap import LayerChange
 from bn_lightning.reports.table import Table
 
-__all__ = ["ConversionReport", "ConversionRow"]
+__all__ = ["EXCLUDED", "ConversionReport", "ConversionRow"]
+
+#: The reason of a layer that include= and exclude= left out.
+EXCLUDED = "excluded by pattern"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,5 +78,8 @@ class ConversionReport:
         return self._table()._repr_html_()
 
     def _table(self) -> Table:
-        rows = [(row.name or "(root)", row.before, row.after, row.reason) for row in self.rows]
-        return Table(self.title, ("layer", "before", "after", "reason"), rows)
+        shown = [row for row in self.rows if row.reason != EXCLUDED]
+        rest = ", ".join(row.name or "(root)" for row in self.rows if row.reason == EXCLUDED)
+        rows = [(row.name or "(root)", row.before, row.after, row.reason) for row in shown]
+        notes = (f"{len(self.rows) - len(shown)} not selected: {rest}",) if rest else ()
+        return Table(self.title, ("layer", "before", "after", "reason"), rows, notes)

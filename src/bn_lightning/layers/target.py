@@ -159,6 +159,7 @@ def _checked(name: str, options: dict[str, Any], known: Iterable[str]) -> dict[s
         if option not in known:
             own = inspect.signature(_BatchNorm.__init__).parameters
             hint = " (each layer keeps its own)" if option in own else nearest(option, known)
+            hint = " (pass them as they are: virtual_batch_size=16)" if option == "options" else hint
             has = f"it takes {', '.join(known)}" if known else "it takes none"
             raise ConversionError(f"{name} has no option {option!r}{hint}; {has}.")
     return options
