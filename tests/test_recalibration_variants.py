@@ -41,9 +41,12 @@ def test_they_are_left_as_they_are_with_the_reason(layer, reason):
     assert reason in audited.reason
 
 
-def test_frozen_layers_alone_are_refused():
-    with pytest.raises(RecalibrationError, match=r"FrozenBatchNorm\. To measure them .*\.revert_batch_norm"):
-        bnl.recalibrate_batch_norm(nn.Sequential(FrozenBatchNorm(2)), batches())
+def test_frozen_layers_alone_are_refused_until_evaluation_mode_says_that_they_are_meant():
+    model = nn.Sequential(FrozenBatchNorm(2))
+    with pytest.raises(RecalibrationError, match=r"a FrozenBatchNorm, inside .* Call model\.eval\(\) first"):
+        bnl.recalibrate_batch_norm(model, batches())
+    assert bnl.recalibrate_batch_norm(model.eval(), batches()).rows[0].reason is None
+    torch.testing.assert_close(model[0].running_mean, torch.cat(batches()).mean(0))
 
 
 def test_a_domain_is_recalibrated_only_where_everybody_sees_it():

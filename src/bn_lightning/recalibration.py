@@ -37,8 +37,8 @@ class LayerPopulation:
         moments: Pooled over every value the layer was given, in float64; ``count`` 0 if it never ran.
         calls: How often the layer ran, several times a batch if it is shared.
         batches: How many batches the model was given.
-        frozen: Whether the layer trains on its running statistics, being a `FrozenBatchNorm`, or in evaluation mode
-            inside a model in training mode. It then normalized by them here too.
+        frozen: Whether the model is in training mode and the layer trains on its running statistics, being a
+            `FrozenBatchNorm` or in evaluation mode. It then normalized by them here too.
         unlike: Why the layer's running statistics are not to be compared with these, if so: a variant's may be others
             than mean and variance of all it is given.
     """
@@ -154,13 +154,13 @@ def population_statistics(
     frozen = {
         name
         for name, layer in layers.items()
-        if isinstance(layer, FrozenBatchNorm) or (model.training and not layer.training)
+        if model.training and (isinstance(layer, FrozenBatchNorm) or not layer.training)
     }
     if len(frozen) == len(layers):
         raise RecalibrationError(
             f"every selected BatchNorm layer of {type(model).__name__} ({describe(layers)}) is frozen: in evaluation "
-            "mode inside a model in training mode, or a FrozenBatchNorm. To measure them all the same, call "
-            "model.eval() or bn_lightning.revert_batch_norm(model) first."
+            "mode, or a FrozenBatchNorm, inside a model in training mode. Call model.eval() first to measure them all "
+            "the same."
         )
     seen: dict[str, tuple[ChannelMoments, int]] = {}
     taken = 0
@@ -268,7 +268,7 @@ def _reason_to_leave(population: LayerPopulation) -> str | None:
     if population.moments.count == 0:
         return f"never reached in {_batches(population.batches)}"
     if population.frozen:
-        return "frozen: it trains on its running statistics; model.eval() or revert_batch_norm first to include it"
+        return "frozen: it trains on its running statistics; call model.eval() first to include it"
     return population.unlike
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "as_patterns",
     "describe",
     "failing_layer",
+    "is_selected",
     "named_batch_norms",
     "require_batch_norms",
     "select_modules",
@@ -80,12 +81,19 @@ def select_modules(
                     f"{option} pattern {pattern!r} matches none of the {len(candidates)} candidate layers; "
                     f"their names begin with {known}. Patterns are fnmatch patterns on qualified names."
                 )
-    return {
-        name: module
-        for name, module in candidates.items()
-        if (not include or any(fnmatchcase(name, pattern) for pattern in include))
-        and not any(fnmatchcase(name, pattern) for pattern in exclude)
-    }
+    return {name: module for name, module in candidates.items() if is_selected(name, include, exclude)}
+
+
+def is_selected(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
+    """Tell whether patterns pick a name: one of ``include``, or that is empty, and none of ``exclude``.
+
+    Example:
+        >>> is_selected("layer4.0.bn1", ("layer4.*",), ("*.bn2",))
+        True
+    """
+    include = tuple(include)
+    wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
+    return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude)
 
 
 def named_batch_norms(

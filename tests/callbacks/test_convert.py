@@ -1,3 +1,5 @@
+import warnings
+
 import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
@@ -208,3 +210,24 @@ def test_what_can_be_refused_at_once_is():
         ConvertBatchNorm("GhostBatchNorm")
     with pytest.raises(ConversionError, match="virtual_batch_size counts"):
         ConvertBatchNorm("ghost", options={"virtual_batch_size": 0})
+
+
+def test_conversions_one_after_the_other_are_no_replacement():
+    module = Module()
+    bnl.convert_batch_norm(module, "ghost")
+    trainer(ActivationMonitor(), ConvertBatchNorm("renorm")).fit(module, loader())
+    assert isinstance(module.network[1], BatchRenorm)
+
+
+def test_a_module_that_was_converted_to_group_norm_is_converted_already():
+    module = Module()
+    trainer(ConvertBatchNorm("group", options={"num_groups": 2})).fit(module, loader())
+    callback = ConvertBatchNorm("group", options={"num_groups": 2})
+    trainer(callback).test(module, loader(), verbose=False)
+    assert [row.reason.split()[0] for row in callback.report.rows] == ["already", "already"]
+
+
+def test_layers_that_appear_later_and_are_not_wanted_are_not_named():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*came before.*")
+        trainer(ConvertBatchNorm("ghost", include=["network.*"])).fit(Module("setup"), loader())

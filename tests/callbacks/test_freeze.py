@@ -3,7 +3,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, Callback
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, StochasticWeightAveraging
 from torch import nn
 
 from bn_lightning.callbacks import FreezeBatchNorm
@@ -243,3 +243,67 @@ def test_a_copy_of_the_callback_is_independent():
 def test_a_fit_that_ends_too_early_says_so():
     with pytest.warns(UserWarning, match=r"FreezeBatchNorm\(from_epoch=5\) has frozen nothing: fit ended in epoch 1"):
         fit(Module(), FreezeBatchNorm(from_epoch=5), epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*is frozen and keeps its running_.*", "ignore:.*Swapping scheduler.*")
+def test_beside_stochastic_weight_averaging_which_resets_batch_norm():
+    module = Module()
+    before = states(module)
+    for name in ("backbone.1", "backbone.4", "head.1"):
+        module.get_submodule(name).num_batches_tracked.fill_(7)
+        before[name][1]["num_batches_tracked"].fill_(7)
+    fit(module, FreezeBatchNorm(), StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1), epochs=3)
+    for name, (kind, state) in states(module).items():
+        assert kind is before[name][0]
+        assert same(state, before[name][1]), name
+
+
+def test_with_optimizers_that_the_trainer_does_not_step():
+    class Manual(Module):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 0.05)
+
+    module = Manual()
+    before, weight = states(module), module.backbone[0].weight.clone()
+    fit(module, FreezeBatchNorm())
+    assert all(same(state, before[name][1]) for name, (_, state) in states(module).items())
+    assert not torch.equal(module.backbone[0].weight, weight)
+    fit(module)
+    assert not same(states(module)["backbone.1"][1], before["backbone.1"][1])
+
+
+@pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch.*")
+def test_a_run_resumed_within_a_frozen_epoch_is_frozen(tmp_path):
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 1:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    fit(Module(), FreezeBatchNorm(from_epoch=1), Save(), epochs=2)
+    middle = torch.load(tmp_path / "middle.ckpt", weights_only=False)["state_dict"]
+    module = Module()
+    fit(module, FreezeBatchNorm(from_epoch=1), epochs=2, ckpt_path=tmp_path / "middle.ckpt")
+    for key, value in module.state_dict().items():
+        if (key.split(".")[1] in ("1", "4") and key.startswith("backbone")) or key.startswith("head.1"):
+            assert torch.equal(value, middle[key]), key
+    assert not torch.equal(module.backbone[0].weight, middle["backbone.0.weight"])
+
+
+def test_what_would_fail_later_fails_at_the_start():
+    module = Module()
+    module.backbone[4] = nn.BatchNorm2d(4, track_running_stats=False)
+    before = states(module)
+    with pytest.raises(ConversionError, match=r"'backbone\.4' cannot be converted: .* no running statistics to freeze"):
+        fit(module, FreezeBatchNorm(from_epoch=1))
+    assert all(same(state, before[name][1]) for name, (_, state) in states(module).items())
+    with pytest.raises(ConversionError, match="from_epoch counts epochs from 0, got '1'"):
+        FreezeBatchNorm(from_epoch="1")

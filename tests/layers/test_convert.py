@@ -255,3 +255,22 @@ def test_new_parameters_are_said_to_be_missing_in_the_optimizer():
 def test_what_the_callback_takes_is_not_what_the_function_takes():
     with pytest.raises(ConversionError, match="no option 'options' \\(pass them as they are: virtual_batch_size=16\\)"):
         convert_batch_norm(nn.BatchNorm1d(3), "ghost", options={"virtual_batch_size": 16})
+
+
+def test_an_earlier_conversion_of_the_same_class_is_not_undone_over_a_later_one():
+    layer = nn.BatchNorm1d(3)
+    one = convert_batch_norm(layer, "ghost", virtual_batch_size=8)
+    two = convert_batch_norm(layer, "ghost", virtual_batch_size=4)
+    with pytest.raises(ConversionError, match="Undo the later conversion first"):
+        one.undo()
+    two.undo()
+    assert layer.options() == {"virtual_batch_size": 8}
+    one.undo()
+    assert layer.__dict__.keys() == nn.BatchNorm1d(3).__dict__.keys()
+
+
+def test_a_process_group_does_not_stay_behind():
+    layer = nn.BatchNorm1d(3)
+    convert_batch_norm(layer, "cross_replica")
+    convert_batch_norm(layer, "ghost")
+    assert "process_group" not in layer.__dict__

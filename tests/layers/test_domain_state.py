@@ -218,3 +218,15 @@ def test_buffers_of_the_single_other_domain_can_be_set_aside_and_put_back():
             each(batch())
             assert not torch.equal(each.other_running_mean, before["other_running_mean"])
         assert_same(state(each), before)
+
+
+def test_update_bn_measures_the_domain_at_hand_alone():
+    layer = build(dtype=torch.float32)
+    randomize(layer)
+    before = state(layer)
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(0)) + 2
+    with use_domain(layer, 1):
+        torch.optim.swa_utils.update_bn([x], layer)
+    torch.testing.assert_close(layer.other_running_mean[0], x.mean(0))
+    assert torch.equal(layer.other_running_mean[1:], before["other_running_mean"][1:])
+    assert torch.equal(layer.running_mean, before["running_mean"])

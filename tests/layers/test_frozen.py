@@ -3,6 +3,7 @@ import reference
 import torch
 from torch import nn
 
+from bn_lightning import convert_batch_norm
 from bn_lightning.errors import BatchNormError, ConversionError
 from bn_lightning.layers import FrozenBatchNorm
 
@@ -84,3 +85,35 @@ def test_an_unknown_option_is_refused_with_those_there_are():
 def test_an_unknown_affine_is_refused():
     with pytest.raises(ConversionError, match="affine has to be True, False, 'scale' or 'shift', got 'weight'"):
         FrozenBatchNorm(3, affine="weight")
+
+
+def test_update_bn_does_not_move_it():
+    layer = randomized(FrozenBatchNorm(3))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    torch.optim.swa_utils.update_bn([x_of(8, 3)], layer)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_buffers_that_are_assigned_are_refused_with_a_warning_and_loaded_ones_are_not():
+    layer = randomized(FrozenBatchNorm(3))
+    mean = layer.running_mean.clone()
+    with pytest.warns(UserWarning, match=r"FrozenBatchNorm\(3\) is frozen and keeps its running_mean"):
+        layer.running_mean = torch.zeros(3)  # as Lightning's StochasticWeightAveraging does
+    assert torch.equal(layer.running_mean, mean)
+    for assign in (False, True):
+        layer.load_state_dict({**layer.state_dict(), "running_mean": mean + 1}, assign=assign)
+        assert torch.equal(layer.running_mean, mean + 1)
+    assert layer.double().running_mean.dtype == torch.float64
+
+
+def test_training_of_scale_and_shift_can_be_taken_and_given_back():
+    layer = nn.BatchNorm1d(3)
+    convert_batch_norm(layer, "frozen", trainable=False)
+    assert not layer.weight.requires_grad
+    convert_batch_norm(layer, "frozen", trainable=True)
+    assert layer.weight.requires_grad
+    convert_batch_norm(layer, "frozen", trainable=False)
+    (row,) = convert_batch_norm(layer, "ghost").rows
+    assert "scale and shift are not trainable" in row.reason
+    with pytest.raises(ConversionError, match="trainable is True or False, got None"):
+        FrozenBatchNorm(3, trainable=None)

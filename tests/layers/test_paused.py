@@ -150,3 +150,16 @@ def test_compiled_code_follows(name):
     assert same(state(model), before)
     compiled(images())
     assert int(model[0].num_batches_tracked) == int(before["0.num_batches_tracked"]) + 1
+
+
+@pytest.mark.parametrize("name", [None, *sorted(VARIANTS)])
+def test_evaluation_in_between_goes_by_the_statistics_there_were(name):
+    layer = nn.BatchNorm1d(3) if name is None else VARIANTS[name](3)
+    nn.init.constant_(layer.running_mean, 0.25), nn.init.constant_(layer.num_batches_tracked, 50)
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)) + 5
+    expected = layer.eval()(x)
+    with bnl.paused_statistics(layer):
+        layer.train()(x), layer(x)
+        assert torch.equal(layer.eval()(x), expected)
+    assert torch.equal(layer(x), expected)
+    assert layer.momentum == 0.1

@@ -1,7 +1,6 @@
 """Replace BatchNorm by a variant when a stage begins."""
 
 from typing import Any
-from weakref import ReferenceType, ref
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,9 +10,10 @@ from bn_lightning.callbacks.base import BatchNormCallback
 from bn_lightning.errors import ConversionError
 from bn_lightning.layers.base import BatchNormVariant
 from bn_lightning.layers.convert import convert_batch_norm
+from bn_lightning.layers.kinds import is_candidate
 from bn_lightning.layers.report import ConversionReport
 from bn_lightning.layers.target import resolve_target
-from bn_lightning.selection import as_patterns, describe, named_batch_norms
+from bn_lightning.selection import as_patterns, describe, is_selected
 
 __all__ = ["ConvertBatchNorm"]
 
@@ -63,11 +63,10 @@ class ConvertBatchNorm(BatchNormCallback):
         self.options = dict(options or {})
         resolve_target(variant, self.options)  # refuse now what would fail at the start of fit
         self.report: ConversionReport | None = None
-        self._converted: ReferenceType[pl.LightningModule] | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if named_batch_norms(pl_module):  # else they may appear yet
+        if any(map(is_candidate, pl_module.modules())):  # else they may appear yet
             self._convert(trainer, pl_module, again=stage == "fit")
         super().setup(trainer, pl_module, stage)
 
@@ -90,7 +89,7 @@ class ConvertBatchNorm(BatchNormCallback):
         self._report_newcomers(pl_module)
 
     def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, again: bool) -> None:
-        known = self._converted is not None and self._converted() is pl_module
+        known = self.report is not None and self.report.concerns(pl_module)
         if known and not again:
             return
         report = convert_batch_norm(pl_module, self.variant, include=self.include, exclude=self.exclude, **self.options)
@@ -105,12 +104,16 @@ class ConvertBatchNorm(BatchNormCallback):
         if changed and trainer.is_global_zero:
             print(f"\n{report}")
         if changed or not known:  # a report without changes would undo nothing
-            self.report, self._converted = report, ref(pl_module)
+            self.report = report
 
     def _report_newcomers(self, pl_module: pl.LightningModule) -> None:
-        present = named_batch_norms(pl_module)
+        present = {name: module for name, module in pl_module.named_modules() if is_candidate(module)}
         known = {row.name for row in self.report.rows} if self.report else set()
-        newcomers = {name: bn for name, bn in present.items() if name not in known}
+        newcomers = {
+            name: layer
+            for name, layer in present.items()
+            if name not in known and is_selected(name, self.include, self.exclude)
+        }
         cure = (
             f"Call bn_lightning.convert_batch_norm(self, {self.variant!r}) at the end of the method of "
             f"{type(pl_module).__name__} that makes them (setup or configure_model)."

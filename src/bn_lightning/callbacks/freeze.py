@@ -1,8 +1,11 @@
 """Freeze BatchNorm layers for good: statistics, scale and shift."""
 
+from typing import Any
+
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from bn_lightning.callbacks.base import BatchNormCallback
@@ -10,7 +13,7 @@ from bn_lightning.errors import ConversionError
 from bn_lightning.layers.convert import convert_batch_norm
 from bn_lightning.layers.frozen import FrozenBatchNorm
 from bn_lightning.layers.report import ConversionReport
-from bn_lightning.selection import as_patterns, describe, named_batch_norms, require_batch_norms
+from bn_lightning.selection import as_patterns, describe, named_batch_norms
 
 __all__ = ["FreezeBatchNorm"]
 
@@ -49,8 +52,8 @@ class FreezeBatchNorm(BatchNormCallback):
         from_epoch: int = 0,
         trainable: bool = False,
     ) -> None:
-        if from_epoch < 0:
-            raise ConversionError(f"from_epoch counts epochs from 0, got {from_epoch}.")
+        if not isinstance(from_epoch, int) or from_epoch < 0:
+            raise ConversionError(f"from_epoch counts epochs from 0, got {from_epoch!r}.")
         self.include = as_patterns(include, "include")
         self.exclude = as_patterns(exclude, "exclude")
         self.from_epoch = from_epoch
@@ -58,14 +61,22 @@ class FreezeBatchNorm(BatchNormCallback):
         self.report: ConversionReport | None = None
         self._undoable: ConversionReport | None = None
         self._frozen: dict[str, FrozenBatchNorm] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._counts: dict[str, int] = {}
+        self._done = False
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        require_batch_norms(pl_module, self.include, self.exclude, error=ConversionError)
+        self._done = False
+        # Refuse now what would fail in from_epoch.
+        convert_batch_norm(pl_module, FrozenBatchNorm, include=self.include, exclude=self.exclude, dry_run=True)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A step that the module takes by itself, with the bare optimizer, passes on_before_optimizer_step by.
+        for optimizer in trainer.optimizers:
+            self._hooks.append(optimizer.register_step_pre_hook(self._drop_gradients))
         self._freeze_if_due(trainer, pl_module)  # a run resumed within an epoch starts none
 
     @override
@@ -76,6 +87,9 @@ class FreezeBatchNorm(BatchNormCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        self._drop_gradients()
+
+    def _drop_gradients(self, *step: Any) -> None:
         if self.trainable:
             return
         for layer in self._frozen.values():
@@ -84,7 +98,7 @@ class FreezeBatchNorm(BatchNormCallback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._frozen:
+        if not self._done:
             rank_zero_warn(
                 f"FreezeBatchNorm(from_epoch={self.from_epoch}) has frozen nothing: fit ended in epoch "
                 f"{trainer.current_epoch}."
@@ -99,13 +113,15 @@ class FreezeBatchNorm(BatchNormCallback):
         self._thaw()
 
     def _freeze_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._frozen or trainer.current_epoch < self.from_epoch:
+        if self._done or trainer.current_epoch < self.from_epoch:
             return
+        self._done = True
         self.report = self._undoable = convert_batch_norm(
             pl_module, FrozenBatchNorm, include=self.include, exclude=self.exclude
         )
         picked = named_batch_norms(pl_module, self.include, self.exclude)
         self._frozen = {name: bn for name, bn in picked.items() if isinstance(bn, FrozenBatchNorm)}
+        self._counts = {name: _count(bn) for name, bn in self._frozen.items()}
         what = "running statistics" if self.trainable else "running statistics, scale and shift"
         rank_zero_info(
             f"FreezeBatchNorm: {len(self._frozen)} BatchNorm layers are frozen from epoch {trainer.current_epoch} on "
@@ -121,6 +137,15 @@ class FreezeBatchNorm(BatchNormCallback):
             )
 
     def _thaw(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for name, layer in self._frozen.items():  # StochasticWeightAveraging sets them to 0
+            if layer.num_batches_tracked is not None and _count(layer) != self._counts[name]:
+                layer.num_batches_tracked.fill_(self._counts[name])
         if self._undoable is not None:
             self._undoable.undo()
-        self._undoable, self._frozen = None, {}
+        self._undoable, self._frozen, self._hooks = None, {}, []
+
+
+def _count(layer: FrozenBatchNorm) -> int:
+    return 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)

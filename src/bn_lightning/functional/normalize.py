@@ -1,7 +1,8 @@
 """Normalization by given or own statistics, on BN's own kernels, differentiable in all that it is given.
 
 Written out in tensor operations the same costs four times as much and keeps two more activations.
-``torch.compile(fullgraph=True)`` takes all three; second derivatives exist for `batch_normalize` alone.
+``torch.compile(fullgraph=True)`` takes them all; second derivatives do not go through the statistics that `normalize`
+is given.
 """
 
 from typing import Any

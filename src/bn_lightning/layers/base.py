@@ -11,7 +11,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bn_lightning.errors import BatchNormError, ConversionError
 from bn_lightning.functional.training_step import batch_norm_step
 
-__all__ = ["BatchNormVariant", "unlike_population"]
+__all__ = ["BatchNormVariant", "require_flag", "unlike_population"]
+
+
+def require_flag(name: str, value: object) -> None:
+    """Refuse an option that is neither ``True`` nor ``False``.
+
+    Raises:
+        ConversionError: If so.
+    """
+    if not isinstance(value, bool):
+        raise ConversionError(f"{name} is True or False, got {value!r}.")
 
 
 def unlike_population(layer: nn.Module) -> str | None:
@@ -53,6 +63,8 @@ class BatchNormVariant(_BatchNorm):
     converted_from: type[_BatchNorm] | None = None
     #: The name it was converted under, for messages; a layer does not know where it is.
     known_as: str | None = None
+    #: Which conversion made it what it is.
+    conversion: int | None = None
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Put variants in the place of BatchNorm layers, and take them back."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -7,7 +8,7 @@ from torch import nn
 
 from bn_lightning.errors import BatchNormError, ConversionError
 from bn_lightning.layers.base import BatchNormVariant
-from bn_lightning.layers.kinds import is_candidate, scripted_batch_norm, why_not
+from bn_lightning.layers.kinds import is_candidate, is_converted_group_norm, scripted_batch_norm, why_not
 from bn_lightning.layers.report import EXCLUDED, ConversionReport, ConversionRow
 from bn_lightning.layers.swap import LayerChange
 from bn_lightning.layers.target import resolve_target
@@ -18,6 +19,7 @@ __all__ = ["Decision", "change_layers", "convert_batch_norm"]
 
 #: What is to become of a layer: a reason to leave it, or how to change it, which returns what there is to say.
 Decision = str | Callable[[], str]
+_CONVERSIONS = itertools.count()
 
 
 def convert_batch_norm(
@@ -35,6 +37,9 @@ def convert_batch_norm(
     substitute for it, timm's ``BatchNormAct2d`` (whose drop and activation stay) and the variants themselves are
     converted; any other subclass is kept, and the report says so. Wrappers (``torch.compile``, DDP, DataParallel) are
     looked through, compiled code is compiled anew. If one layer cannot be configured, all are given back.
+
+    ``Trainer(sync_batchnorm=True)`` turns every variant into a plain SyncBatchNorm, silently unless one of this
+    library's callbacks is there to stop it: use ``"cross_replica"``.
 
     ``"group"`` leads to ``torch.nn.GroupNorm``: scale and shift stay, the running statistics leave the state_dict.
 
@@ -104,6 +109,8 @@ def change_layers(
                 decision = ": ".join(filter(None, ("converted", _attempt(name, decision))))
                 if isinstance(layer, BatchNormVariant):
                     layer.known_as = name
+                if isinstance(layer, BatchNormVariant) or is_converted_group_norm(layer):
+                    layer.__dict__["conversion"] = next(_CONVERSIONS)
                 changes[-1].note()
             also = names[id(layer)][1:]
             note = f" (also registered as {', '.join(also)})" if also else ""

@@ -11,6 +11,7 @@ from bn_lightning.functional.cross_replica import replica_normalize, replica_sta
 from bn_lightning.functional.normalize import batch_norm_with_statistics, batch_normalize, channel_statistics
 from bn_lightning.functional.renorm import renorm_correction
 from bn_lightning.internals import assert_async, never_compiled
+from bn_lightning.layers.base import require_flag
 from bn_lightning.layers.renorm_schedule import RenormSchedule
 
 if TYPE_CHECKING:  # not every build of torch has it
@@ -78,6 +79,7 @@ class CrossReplicaBatchNorm(RenormSchedule):
             ConversionError: If a limit makes no sense, or for ``renorm`` without running statistics.
         """
         self.process_group = process_group
+        require_flag("renorm", renorm)
         self.renorm = renorm
         self.set_limits(r_max, d_max, r_warmup, d_warmup)
         if renorm:

@@ -206,14 +206,18 @@ class DomainBatchNorm(BatchNormVariant):
         return target
 
     def reset_running_stats(self) -> None:
-        """Reset the statistics of every domain."""
-        super().reset_running_stats()
-        if self.track_running_stats:
-            self._restart(self._buffers)
+        """Reset the statistics of the domain at hand, which ``torch.optim.swa_utils.update_bn`` then measures."""
+        if self.domain == 0:
+            super().reset_running_stats()
+            return
+        mean, var, count, _, _ = self.tensors(self.domain)
+        if mean is not None and var is not None and count is not None:
+            mean.zero_(), var.fill_(1), count.zero_()
 
     def reset_parameters(self) -> None:
         """Reset the statistics, scales to 1 and shifts to 0, in every domain."""
         super().reset_parameters()
+        self._restart(self._buffers)
         self._restart(self._parameters)
 
     @torch.no_grad()

@@ -1,10 +1,13 @@
 """Frozen Batch Normalization: running statistics always, whatever the mode."""
 
+import warnings
+from typing import Any
+
 from torch import Tensor
 
 from bn_lightning.errors import ConversionError
 from bn_lightning.functional.normalize import normalize
-from bn_lightning.layers.base import BatchNormVariant
+from bn_lightning.layers.base import BatchNormVariant, require_flag
 
 __all__ = ["FrozenBatchNorm"]
 
@@ -35,6 +38,7 @@ class FrozenBatchNorm(BatchNormVariant):
     """
 
     trainable: bool
+    _loading: bool = False
 
     def configure(self, trainable: bool = True) -> None:
         """Let scale and shift learn, or not.
@@ -48,10 +52,30 @@ class FrozenBatchNorm(BatchNormVariant):
                 "(track_running_stats=False). "
                 "Exclude the layer, or train it with running statistics first."
             )
-        self.trainable = trainable
-        if not trainable:
+        require_flag("trainable", trainable)
+        if trainable != self.__dict__.get("trainable", True):
             for parameter in self.parameters(recurse=False):
-                parameter.requires_grad_(False)
+                parameter.requires_grad_(trainable)
+        self.trainable = trainable
+
+    def reset_running_stats(self) -> None:
+        """Do nothing once the layer is made: ``torch.optim.swa_utils.update_bn`` would leave mean 0 and variance 1."""
+        if "trainable" not in self.__dict__:
+            super().reset_running_stats()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning's StochasticWeightAveraging assigns new buffers, to be filled in a pass that moves nothing here.
+        if name in ("running_mean", "running_var") and "trainable" in self.__dict__ and not self._loading:
+            warnings.warn(f"{self.label} is frozen and keeps its {name}; another was to be assigned.", stacklevel=2)
+            return
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._loading = True  # with assign=True a file's tensors are assigned
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            del self._loading
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, *) by the running statistics."""

@@ -43,7 +43,7 @@ class GhostBatchNorm(BatchNormVariant):
         Raises:
             ConversionError: If it is not a positive integer.
         """
-        if not isinstance(virtual_batch_size, int) or virtual_batch_size < 1:
+        if not isinstance(virtual_batch_size, int) or isinstance(virtual_batch_size, bool) or virtual_batch_size < 1:
             raise ConversionError(
                 f"virtual_batch_size counts the examples of a group, got {virtual_batch_size!r}; 32 is usual."
             )

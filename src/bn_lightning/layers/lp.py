@@ -7,7 +7,7 @@ from torch import Tensor
 from bn_lightning.errors import ConversionError
 from bn_lightning.functional.lp import lp_statistics
 from bn_lightning.functional.normalize import normalize
-from bn_lightning.layers.base import BatchNormVariant
+from bn_lightning.layers.base import BatchNormVariant, require_flag
 
 __all__ = ["LpBatchNorm"]
 
@@ -55,6 +55,7 @@ class LpBatchNorm(BatchNormVariant):
         if p not in (1, 2, math.inf, "inf"):
             raise ConversionError(f"p has to be 1, 2 or infinity (float('inf') or 'inf'), got {p!r}.")
         self.p = float(p)
+        require_flag("centered", centered)
         self.centered = centered
 
     def unlike_population(self) -> str | None:
@@ -75,7 +76,7 @@ class LpBatchNorm(BatchNormVariant):
 
     def evaluate(self, x: Tensor) -> Tensor:
         """Normalize by the running statistics, or by the batch's in the same norm where there are none."""
-        if self.running_mean is not None:
+        if self.running_mean is not None or not x.numel():
             return super().evaluate(x)
         self.check_batch(x)
         return self.normalize_batch(x)

@@ -67,7 +67,7 @@ class MaskedBatchNorm(BatchNormVariant):
 
     def unlike_population(self) -> str | None:
         """Say that the padding does not count."""
-        return "its running statistics are those of valid positions, and its input has padding too"
+        return "its running statistics are those of valid positions, which cannot be told from padding here"
 
     def normalize_batch(self, x: Tensor) -> Tensor:
         """Normalize as plain BatchNorm."""

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_lightning.layers.renorm_schedule import RenormSchedule
+from bn_lightning.layers.step_dependent import StepDependent
 from bn_lightning.selection import require_batch_norms, unwrap
 
 __all__ = ["paused_statistics"]
@@ -16,9 +16,10 @@ __all__ = ["paused_statistics"]
 def paused_statistics(model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> Iterator[None]:
     """Let BatchNorm layers move no running statistics and count no batch; what they compute stays the same.
 
-    A layer in training goes on normalizing by batch statistics, one in evaluation by its running ones; ``momentum=0``
-    would count on, and spread a NaN. For as long as the context lasts the layers, of whatever class, have copies of
-    their buffers, which they may move; Batch Renormalization has ``track_running_stats`` off. Contexts nest.
+    A layer in training goes on normalizing by batch statistics, one in evaluation by its running ones. For as long as
+    the context lasts the layers have a momentum of 0 and copies of their buffers, which take the counting and, should
+    there be one, the NaN that 0 times infinity makes; those whose training depends on the count have
+    ``track_running_stats`` off. What is loaded into them meanwhile is lost. Contexts nest.
 
     Activation checkpointing runs the forward pass twice. BatchNorm counts once if the second is paused:
     ``checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), paused_statistics(block)))``.
@@ -46,7 +47,7 @@ def paused_statistics(model: nn.Module, include: Iterable[str] = (), exclude: It
         for layer in layers.values():
             if layer.running_mean is None:
                 continue
-            if isinstance(layer, RenormSchedule):  # in training it reads what the pass before has moved
+            if isinstance(layer, StepDependent):  # in training it reads what the pass before has moved or counted
                 stack.callback(setattr, layer, "track_running_stats", layer.track_running_stats)
                 layer.track_running_stats = False
             else:
@@ -54,6 +55,9 @@ def paused_statistics(model: nn.Module, include: Iterable[str] = (), exclude: It
                 # which checkpointing refuses, and a class of the user's may not ask whether to track.
                 buffers = dict(layer._buffers)
                 stack.callback(_bind, layer, buffers)
+                # Such passes move the copies by nothing, so that evaluation in between goes by the same statistics.
+                stack.callback(setattr, layer, "momentum", layer.momentum)
+                layer.momentum = 0.0
                 _bind(layer, {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})
         yield
 

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import nn
+
 from bn_lightning.errors import ConversionError
 from bn_lightning.layers.swap import LayerChange
 from bn_lightning.reports.table import Table
@@ -66,6 +68,11 @@ class ConversionReport:
                 )
         for change in reversed(self._changes):
             change.undo()
+
+    def concerns(self, model: nn.Module) -> bool:
+        """Tell whether layers that it changed are in this model."""
+        changed = {id(change.layer) for change in self._changes}
+        return any(id(module) in changed for module in model.modules())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that go into JSON."""

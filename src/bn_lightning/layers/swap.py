@@ -44,7 +44,10 @@ class LayerChange:
     @property
     def stands(self) -> bool:
         """Whether the layer still has the class that the conversion gave it."""
-        return self._after is not None and type(self.layer) is self._after.kind
+        after = self._after
+        if after is None or type(self.layer) is not after.kind:
+            return False
+        return self.layer.__dict__.get("conversion") == after.attributes.get("conversion")
 
     @property
     def alters_training(self) -> bool:

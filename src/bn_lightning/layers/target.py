@@ -13,6 +13,7 @@ from bn_lightning.layers.act import ThenActivation, with_activation
 from bn_lightning.layers.base import BatchNormVariant
 from bn_lightning.layers.cross_replica import CrossReplicaBatchNorm
 from bn_lightning.layers.domain import DomainBatchNorm
+from bn_lightning.layers.frozen import FrozenBatchNorm
 from bn_lightning.layers.group import build_group_norm, check_num_groups, to_group_norm, why_no_group_norm
 from bn_lightning.layers.kinds import has_activation, is_converted_group_norm, plain_class_of
 from bn_lightning.layers.registry import GROUP, find_variant, nearest
@@ -114,10 +115,15 @@ class _VariantTarget:
         assert isinstance(layer, BatchNormVariant)
         if plain is not None:
             layer.converted_from = plain
+        if "process_group" not in options and not (plain and issubclass(plain, nn.SyncBatchNorm)):
+            layer.__dict__.pop("process_group", None)  # it would keep the layer from being copied or pickled
         layer.configure(**options)
         changed = {name: value for name, value in layer.options().items() if before and before[name] != value}
         notes += [f"{name} {before[name]} → {value}" for name, value in changed.items()]
         notes.append(layer.adopt_statistics() or "")
+        parameters = list(layer.parameters(recurse=False))
+        if parameters and not any(p.requires_grad for p in parameters) and not issubclass(kind, FrozenBatchNorm):
+            notes.append("scale and shift are not trainable")
         return "; ".join(filter(None, notes))
 
     def _inherited(self, layer: nn.Module) -> dict[str, Any]:
