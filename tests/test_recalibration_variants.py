@@ -35,6 +35,7 @@ def test_they_are_left_as_they_are_with_the_reason(layer, reason):
     before = state(layer)
     result = bnl.recalibrate_batch_norm(model, batches())
     assert reason in result.rows[0].reason
+    assert (result.rows[0].gap is None) == (reason != "frozen")
     assert result.rows[1].reason is None
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
     audited = next(row for row in bnl.audit_batch_norm(model, batches()).layers if row.name == "0")

@@ -188,6 +188,7 @@ def test_the_way_back_stays_open_after_a_test_and_is_left_open():
     run = trainer(callback)
     run.fit(module, loader())
     run.test(module, loader(), verbose=False)
+    run.fit(module, loader())
     assert type(module.network[1]) is nn.GroupNorm
     callback.report.undo()
     assert type(module.network[1]) is nn.BatchNorm2d

@@ -92,7 +92,8 @@ def test_nothing_of_a_frozen_layer_moves_and_everything_else_does():
 def test_afterwards_the_layers_are_what_they_were():
     module = Module()
     before, requires = states(module), [p.requires_grad for p in module.parameters()]
-    fit(module, FreezeBatchNorm())
+    trainer, _ = fit(module, FreezeBatchNorm())
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks
     for name, (kind, state) in states(module).items():
         assert kind is before[name][0]
         assert same(state, before[name][1])
