@@ -83,9 +83,9 @@ class GhostBatchNorm(BatchNormVariant):
         if x.is_contiguous():
             # Free of copies: (v·k, C, *) is (v, k·C, *) in memory.
             grouped = x.view(x.shape[0] // groups, groups * self.num_features, *x.shape[2:])
-            weight, bias = (None if p is None else p.repeat(groups) for p in (self.weight, self.bias))
+            weight, bias = (None if p is None else p.expand(groups, -1).reshape(-1) for p in (self.weight, self.bias))
             y, mean, var = batch_norm_with_statistics(grouped, weight, bias, self.eps)
-            return y.view(x.shape), torch.stack([mean, var]).view(2, groups, -1).mean(1)
+            return y.view(x.shape), torch.stack([mean, var]).view(2, groups, -1).sum(1).mul_(1 / groups)
         results = [
             batch_norm_with_statistics(chunk, self.weight, self.bias, self.eps)
             for chunk in x.split(x.shape[0] // groups)
