@@ -339,12 +339,13 @@ def test_data_moved_by_the_hooks_of_the_module():
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return batch[0] * 100, batch[1]
 
+    torch.manual_seed(0)
     callback, module = BatchNormAudit(), Scaled()
     loader = DataLoader(examples(), 11, sampler=RandomSampler(examples(), generator=seeded()))
     fit(trainer(callback), module, loader)
     plain = {row.name: row.gap for row in audit_batch_norm(module, DataLoader(examples(), 11)).layers}
     scaled = {row.name: row.gap for row in callback.report.layers}
-    assert plain["net.1"] > 1 > scaled["net.1"]
+    assert plain["net.1"] > 1.5 * scaled["net.1"]  # they would be equal, had the batches not been scaled
 
 
 def test_in_low_precision_the_input_is_converted():
