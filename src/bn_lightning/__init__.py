@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from bn_lightning.folding import fold_batch_norm, plan_fold
     from bn_lightning.layers import (
         AdaptiveBatchNorm,
+        BatchNormVariant,
         BatchRenorm,
         ChannelAffine,
         CrossReplicaBatchNorm,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 # Resolved at first use (PEP 562): `import bn_lightning` costs no more than `import torch`.
 _HOMES = {
     "AdaptiveBatchNorm": "layers",
+    "BatchNormVariant": "layers",
     "BatchRenorm": "layers",
     "ChannelAffine": "layers",
     "CrossReplicaBatchNorm": "layers",
@@ -68,6 +70,7 @@ _HOMES = {
 
 __all__ = [
     "AdaptiveBatchNorm",
+    "BatchNormVariant",
     "BatchRenorm",
     "ChannelAffine",
     "CrossReplicaBatchNorm",

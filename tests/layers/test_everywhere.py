@@ -145,6 +145,16 @@ def test_compiles_into_one_graph(name):
     torch.testing.assert_close(compiled(x), eager(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_exports_in_evaluation_with_a_batch_of_any_size(name):
+    layer = nn.Sequential(build(name)).eval()
+    free = ({0: torch.export.Dim("n", min=2)},)
+    exported = torch.export.export(layer, (x_of((3, C, 2, 2)),), dynamic_shapes=free).module()
+    for examples in (2, 7):
+        torch.testing.assert_close(exported(x_of((examples, C, 2, 2))), layer(x_of((examples, C, 2, 2))))
+
+
 @pytest.mark.parametrize("shape", [(8, C, 4, 3), (8, C, 2, 3, 2)], ids=["2d", "3d"])
 @pytest.mark.parametrize("name", NAMES)
 def test_channels_last(name, shape):

@@ -41,6 +41,9 @@ def convert_batch_norm(
     ``Trainer(sync_batchnorm=True)`` turns every variant into a plain SyncBatchNorm, silently unless one of this
     library's callbacks is there to stop it: use ``"cross_replica"``.
 
+    ``torch.fx`` (torchvision's feature extractors are built on it) and ``torch.jit.script`` take torch's own layers
+    alone: convert afterwards, or revert before. ``torch.compile`` and ``torch.export`` take the variants.
+
     ``"group"`` leads to ``torch.nn.GroupNorm``: scale and shift stay, the running statistics leave the state_dict.
 
     Args:
