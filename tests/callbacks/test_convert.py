@@ -232,3 +232,16 @@ def test_layers_that_appear_later_and_are_not_wanted_are_not_named():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*came before.*")
         trainer(ConvertBatchNorm("ghost", include=["network.*"])).fit(Module("setup"), loader())
+
+
+def test_several_conversions_are_taken_back_together():
+    module, callback = Module(), ConvertBatchNorm("ghost")
+    run = trainer(callback, max_epochs=2)
+    run.fit(module, loader())
+    bnl.revert_batch_norm(module, include=("network.4",))
+    run = trainer(callback)
+    run.fit(module, loader())
+    assert [row.changed for row in callback.report.rows] == [False, True]
+    callback.undo()
+    assert [type(module.network[index]) for index in (1, 4)] == [nn.BatchNorm2d] * 2
+    callback.undo()  # nothing left

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback, StochasticWeightAveraging
 from torch import nn
 
+from bn_lightning import convert_batch_norm
 from bn_lightning.callbacks import FreezeBatchNorm
 from bn_lightning.errors import ConversionError
 from bn_lightning.layers import FrozenBatchNorm, GhostBatchNorm
@@ -308,3 +309,59 @@ def test_what_would_fail_later_fails_at_the_start():
     assert all(same(state, before[name][1]) for name, (_, state) in states(module).items())
     with pytest.raises(ConversionError, match="from_epoch counts epochs from 0, got '1'"):
         FreezeBatchNorm(from_epoch="1")
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.LBFGS], ids=lambda c: c.__name__)
+def test_with_a_closure_that_makes_the_gradients_within_the_step(optimizer_class):
+    class Manual(Module):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+
+            def closure():
+                optimizer.zero_grad()
+                loss = Module.training_step(self, batch, batch_idx)
+                self.manual_backward(loss)
+                return loss
+
+            optimizer.step(closure)
+
+        def configure_optimizers(self):
+            return optimizer_class(self.parameters(), lr=0.01)
+
+    module = Manual()
+    before, weight = states(module), module.backbone[0].weight.clone()
+    fit(module, FreezeBatchNorm())
+    assert all(same(state, before[name][1]) for name, (_, state) in states(module).items())
+    assert not torch.equal(module.backbone[0].weight, weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*is frozen and keeps its running_.*", "ignore:.*Swapping scheduler.*")
+def test_averaging_that_began_before_the_freeze_mixes_nothing_earlier_in():
+    module = Module()
+    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    _, epochs = fit(module, FreezeBatchNorm(from_epoch=2), average, epochs=4)
+    for name, (_, state) in states(module).items():
+        assert same(state, epochs[1][name][1]), name
+
+
+@pytest.mark.filterwarnings("ignore:.*is frozen and keeps its running_.*", "ignore:.*Swapping scheduler.*")
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_the_epoch_that_weight_averaging_adds_is_none_to_freeze_in(first):
+    module = Module()
+    callbacks = [FreezeBatchNorm(from_epoch=2), StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)]
+    with pytest.warns(UserWarning, match="has frozen nothing"):
+        fit(module, *callbacks[:: 1 if first else -1], epochs=2)
+    assert not torch.equal(module.backbone[1].running_var, torch.ones(4))
+
+
+def test_layers_that_were_frozen_before_keep_what_they_were_told():
+    module = Module()
+    convert_batch_norm(module, "frozen", include=("backbone.1",), trainable=False)
+    before = states(module)
+    fit(module, FreezeBatchNorm(trainable=True))
+    after = states(module)
+    assert same(after["backbone.1"][1], before["backbone.1"][1])
+    assert not torch.equal(after["backbone.4"][1]["weight"], before["backbone.4"][1]["weight"])
+    assert module.backbone[1].options() == {"trainable": False}

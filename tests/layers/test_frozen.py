@@ -115,5 +115,5 @@ def test_training_of_scale_and_shift_can_be_taken_and_given_back():
     convert_batch_norm(layer, "frozen", trainable=False)
     (row,) = convert_batch_norm(layer, "ghost").rows
     assert "scale and shift are not trainable" in row.reason
-    with pytest.raises(ConversionError, match="trainable is True or False, got None"):
-        FrozenBatchNorm(3, trainable=None)
+    with pytest.raises(ConversionError, match="trainable is True or False, got 'no'"):
+        FrozenBatchNorm(3, trainable="no")

@@ -322,3 +322,10 @@ def test_only_the_input_and_the_mask_are_kept_for_the_backward_pass():
     large = [tensor for tensor in kept.values() if tensor.numel() > 3]
     assert {(str(tensor.dtype), tensor.numel()) for tensor in large} == {("torch.bool", 400), ("torch.float32", 1200)}
     assert len(large) == 2
+
+
+def test_an_empty_batch_with_its_mask_passes():
+    layer = MaskedBatchNorm(4)
+    y = layer(torch.empty(0, 4, 5), torch.ones(0, 5, dtype=torch.bool))
+    assert y.shape == (0, 4, 5)
+    assert torch.equal(layer.running_mean, torch.zeros(4))

@@ -156,12 +156,8 @@ def test_default_schedule_is_the_papers():
     for count in (0, 1, 4_999, 5_000, 5_001, 13_000, 25_000, 25_001, 39_999, 40_000, 10_000_000):
         layer.num_batches_tracked.fill_(count)
         r_max, d_max = layer.current_limits()
-        steps = (count, torch.tensor(count))  # read on a CPU, left on its device anywhere else
-        expected = [np.interp(count, [5_000, 40_000], [1, 3]), np.interp(count, [5_000, 25_000], [0, 5])]
-        assert [r_max, d_max] == pytest.approx(expected)
-        for step in steps:
-            assert float(ramp(step, 1.0, 3.0, layer.r_warmup)) == pytest.approx(r_max)
-            assert float(ramp(step, 0.0, 5.0, layer.d_warmup)) == pytest.approx(d_max)
+        close(r_max, np.interp(count, [5_000, 40_000], [1.0, 3.0]), rtol=1e-6, atol=1e-6)
+        close(d_max, np.interp(count, [5_000, 25_000], [0.0, 5.0]), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -175,13 +171,11 @@ def test_default_schedule_is_the_papers():
 )
 def test_ramp(period, expected):
     assert ramp(torch.arange(6), 1.0, 3.0, period).tolist() == expected
-    assert [ramp(step, 1.0, 3.0, period) for step in range(6)] == expected
 
 
 def test_ramp_ends_exactly_at_the_limit():
     for last in (2.7, 1.1, 3.3):
         assert float(ramp(torch.tensor(40_001.0).double(), 1.0, last, (5, 40_000))) == last
-        assert ramp(40_001, 1.0, last, (5, 40_000)) == last
 
 
 def test_limits_are_those_before_the_step_counts():

@@ -21,7 +21,7 @@ __all__ = ["ConvertBatchNorm"]
 class ConvertBatchNorm(BatchNormCallback):
     """Convert the LightningModule's BatchNorm layers in ``setup``, before a checkpoint is loaded.
 
-    The layers stay converted; ``callback.report.undo()`` or `bn_lightning.revert_batch_norm` turns them back, and a
+    The layers stay converted; ``callback.undo()`` or `bn_lightning.revert_batch_norm` turns them back, and a
     later validate, test or predict leaves that as it is. What the report says is printed once, on rank zero; a warning
     names layers that had to be kept. Layers that the module makes later, in its own ``setup`` or in
     ``configure_model``, come too late for a callback: a warning names them. Convert them there, at the end of that
@@ -37,7 +37,7 @@ class ConvertBatchNorm(BatchNormCallback):
         options: The variant's settings, such as ``{"virtual_batch_size": 32}``.
 
     Attributes:
-        report: The last `ConversionReport`, ``None`` before the first stage.
+        report: The last `ConversionReport` with changes, ``None`` before the first stage.
 
     Raises:
         ConversionError: For an unknown name or option. At the start of a stage, if there was no BatchNorm layer; at
@@ -63,6 +63,12 @@ class ConvertBatchNorm(BatchNormCallback):
         self.options = dict(options or {})
         resolve_target(variant, self.options)  # refuse now what would fail at the start of fit
         self.report: ConversionReport | None = None
+        self._changes: list[ConversionReport] = []
+
+    def undo(self) -> None:
+        """Take back what this callback has converted, but for layers that something else has converted since."""
+        while self._changes:
+            self._changes.pop().undo(leave_others=True)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -89,7 +95,7 @@ class ConvertBatchNorm(BatchNormCallback):
         self._report_newcomers(pl_module)
 
     def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, again: bool) -> None:
-        known = self.report is not None and self.report.concerns(pl_module)
+        known = any(report.concerns(pl_module) for report in self._changes)
         if known and not again:
             return
         report = convert_batch_norm(pl_module, self.variant, include=self.include, exclude=self.exclude, **self.options)
@@ -103,7 +109,9 @@ class ConvertBatchNorm(BatchNormCallback):
         changed = any(row.changed for row in report.rows)
         if changed and trainer.is_global_zero:
             print(f"\n{report}")
-        if changed or not known:  # a report without changes would undo nothing
+        if changed:
+            self._changes.append(report)
+        if changed or not known:
             self.report = report
 
     def _report_newcomers(self, pl_module: pl.LightningModule) -> None:

@@ -3,7 +3,9 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -56,27 +58,35 @@ class FreezeBatchNorm(BatchNormCallback):
             raise ConversionError(f"from_epoch counts epochs from 0, got {from_epoch!r}.")
         self.include = as_patterns(include, "include")
         self.exclude = as_patterns(exclude, "exclude")
+        # A layer that was frozen before keeps what it was told of scale and shift.
+        self._picked: dict[str, Any] = {"include": self.include, "exclude": self.exclude, "trainable": None}
         self.from_epoch = from_epoch
         self.trainable = trainable
         self.report: ConversionReport | None = None
         self._undoable: ConversionReport | None = None
         self._frozen: dict[str, FrozenBatchNorm] = {}
         self._hooks: list[RemovableHandle] = []
-        self._counts: dict[str, int] = {}
+        self._states: dict[str, list[Tensor]] = {}
+        self._epochs: int | None = None
         self._done = False
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._epochs = trainer.max_epochs
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._done = False
         # Refuse now what would fail in from_epoch.
-        convert_batch_norm(pl_module, FrozenBatchNorm, include=self.include, exclude=self.exclude, dry_run=True)
+        convert_batch_norm(pl_module, FrozenBatchNorm, **self._picked, dry_run=True)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A step that the module takes by itself, with the bare optimizer, passes on_before_optimizer_step by.
         for optimizer in trainer.optimizers:
-            self._hooks.append(optimizer.register_step_pre_hook(self._drop_gradients))
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._freeze_if_due(trainer, pl_module)  # a run resumed within an epoch starts none
 
     @override
@@ -89,7 +99,25 @@ class FreezeBatchNorm(BatchNormCallback):
     ) -> None:
         self._drop_gradients()
 
-    def _drop_gradients(self, *step: Any) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._drop_gradients()
+        # A closure makes the gradients within the step.
+        return tuple(map(self._dropping, args)), {name: self._dropping(value) for name, value in kwargs.items()}
+
+    def _dropping(self, argument: Any) -> Any:
+        if not callable(argument):
+            return argument
+
+        def closure() -> Any:
+            loss = argument()
+            self._drop_gradients()
+            return loss
+
+        return closure
+
+    def _drop_gradients(self) -> None:
         if self.trainable:
             return
         for layer in self._frozen.values():
@@ -115,13 +143,13 @@ class FreezeBatchNorm(BatchNormCallback):
     def _freeze_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._done or trainer.current_epoch < self.from_epoch:
             return
+        if self._epochs is not None and 0 <= self._epochs <= trainer.current_epoch:
+            return  # an epoch that StochasticWeightAveraging adds, when it has reset BatchNorm to measure it anew
         self._done = True
-        self.report = self._undoable = convert_batch_norm(
-            pl_module, FrozenBatchNorm, include=self.include, exclude=self.exclude
-        )
+        self.report = self._undoable = convert_batch_norm(pl_module, FrozenBatchNorm, **self._picked)
         picked = named_batch_norms(pl_module, self.include, self.exclude)
         self._frozen = {name: bn for name, bn in picked.items() if isinstance(bn, FrozenBatchNorm)}
-        self._counts = {name: _count(bn) for name, bn in self._frozen.items()}
+        self._states = {name: self._state(bn) for name, bn in self._frozen.items()}
         what = "running statistics" if self.trainable else "running statistics, scale and shift"
         rank_zero_info(
             f"FreezeBatchNorm: {len(self._frozen)} BatchNorm layers are frozen from epoch {trainer.current_epoch} on "
@@ -139,13 +167,18 @@ class FreezeBatchNorm(BatchNormCallback):
     def _thaw(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for name, layer in self._frozen.items():  # StochasticWeightAveraging sets them to 0
-            if layer.num_batches_tracked is not None and _count(layer) != self._counts[name]:
-                layer.num_batches_tracked.fill_(self._counts[name])
+        for name, layer in self._frozen.items():  # averaging weights mixes in earlier ones, and resets counts
+            for tensor, value in zip(self._held(layer), self._states[name], strict=True):
+                if not torch.equal(tensor, value):
+                    tensor.detach().copy_(value)
         if self._undoable is not None:
             self._undoable.undo()
         self._undoable, self._frozen, self._hooks = None, {}, []
 
+    def _held(self, layer: FrozenBatchNorm) -> list[Tensor]:
+        """List the tensors that are not to change."""
+        parameters = [] if self.trainable else list(layer.parameters(recurse=False))
+        return [*layer.buffers(recurse=False), *parameters]
 
-def _count(layer: FrozenBatchNorm) -> int:
-    return 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+    def _state(self, layer: FrozenBatchNorm) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self._held(layer)]

@@ -49,12 +49,11 @@ def renorm_correction(
     return _correction(batch_mean, batch_var, running_mean, running_var, eps, r_max, d_max)
 
 
-def ramp(step: int | Tensor, first: float, last: float, period: tuple[int, int] | None) -> float | Tensor:
+def ramp(step: Tensor, first: float, last: float, period: tuple[int, int] | None) -> Tensor:
     """Go from ``first`` to ``last`` in a straight line over a period of steps, and stay there.
 
     Args:
-        step: How many steps there were before this one. Of a tensor, the floating dtype is the result's; counts give
-            float32.
+        step: How many steps there were before this one. Its floating dtype is the result's; counts give float32.
         first: The value up to the period's beginning.
         last: The value from its end on.
         period: Beginning and end in steps; one and the same is a jump, ``None`` is ``last`` from the start.
@@ -63,14 +62,11 @@ def ramp(step: int | Tensor, first: float, last: float, period: tuple[int, int] 
         >>> ramp(torch.tensor([0, 5_000, 22_500, 90_000]), 1.0, 3.0, (5_000, 40_000))
         tensor([1., 1., 2., 3.])
     """
-    begin, end = period or (0, 0)
-    length = max(end - begin, 1)
-    if not isinstance(step, Tensor):
-        done = 1.0 if period is None else min(max((step - (end - length)) / length, 0.0), 1.0)
-        return first * (1 - done) + last * done
     step = step if step.is_floating_point() else step.to(torch.float32)
     if period is None:
         return torch.full_like(step, last)
+    begin, end = period
+    length = max(end - begin, 1)
     line = (step - (end - length)).mul_((last - first) / length).add_(first)
     return line.clamp_(min(first, last), max(first, last))
 

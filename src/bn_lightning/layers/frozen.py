@@ -17,7 +17,7 @@ class FrozenBatchNorm(BatchNormVariant):
 
     Args:
         trainable: Whether scale and shift go on learning. ``False`` takes ``requires_grad`` from them, and the layer
-            then keeps no activation for the backward pass.
+            then keeps no activation for the backward pass. ``None`` leaves ``requires_grad`` as it is.
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: See `BatchNormVariant`.
 
     Shape:
@@ -37,10 +37,10 @@ class FrozenBatchNorm(BatchNormVariant):
         ``torchvision.ops.FrozenBatchNorm2d``, whose scale and shift are buffers, and which is for images alone.
     """
 
-    trainable: bool
+    trainable: bool | None
     _loading: bool = False
 
-    def configure(self, trainable: bool = True) -> None:
+    def configure(self, trainable: bool | None = True) -> None:
         """Let scale and shift learn, or not.
 
         Raises:
@@ -52,8 +52,9 @@ class FrozenBatchNorm(BatchNormVariant):
                 "(track_running_stats=False). "
                 "Exclude the layer, or train it with running statistics first."
             )
-        require_flag("trainable", trainable)
-        if trainable != self.__dict__.get("trainable", True):
+        if trainable is not None:
+            require_flag("trainable", trainable)
+        if trainable is not None and trainable != self.__dict__.get("trainable", True):
             for parameter in self.parameters(recurse=False):
                 parameter.requires_grad_(trainable)
         self.trainable = trainable
@@ -66,6 +67,8 @@ class FrozenBatchNorm(BatchNormVariant):
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning's StochasticWeightAveraging assigns new buffers, to be filled in a pass that moves nothing here.
         if name in ("running_mean", "running_var") and "trainable" in self.__dict__ and not self._loading:
+            if value is self._buffers.get(name):
+                return
             warnings.warn(f"{self.label} is frozen and keeps its {name}; another was to be assigned.", stacklevel=2)
             return
         super().__setattr__(name, value)

@@ -60,6 +60,8 @@ class MaskedBatchNorm(BatchNormVariant):
         mask = self._checked_mask(input, mask)
         if not self.training and self.running_mean is not None:
             return self.evaluate(input)
+        if not input.numel():
+            return self.plain_step(input)
         mean, var, count = masked_statistics(input, mask)
         self._check_count(count)
         self.update_running_statistics(mean, var * (count / (count - 1)))

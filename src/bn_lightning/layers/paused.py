@@ -19,7 +19,7 @@ def paused_statistics(model: nn.Module, include: Iterable[str] = (), exclude: It
     A layer in training goes on normalizing by batch statistics, one in evaluation by its running ones. For as long as
     the context lasts the layers have a momentum of 0 and copies of their buffers, which take the counting and, should
     there be one, the NaN that 0 times infinity makes; those whose training depends on the count have
-    ``track_running_stats`` off. What is loaded into them meanwhile is lost. Contexts nest.
+    ``track_running_stats`` off. What is loaded into them then is lost, and they are not to be moved. Contexts nest.
 
     Activation checkpointing runs the forward pass twice. BatchNorm counts once if the second is paused:
     ``checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), paused_statistics(block)))``.

@@ -55,16 +55,11 @@ class RenormSchedule(StepDependent):
                 "none (track_running_stats=False). Give it running statistics or exclude the layer."
             )
 
-    def current_limits(self) -> tuple[float | Tensor, float | Tensor]:
-        """Return r_max and d_max at this step; tensors wherever the host would have to wait for the count."""
-        count = self.num_batches_tracked
-        assert count is not None
+    def current_limits(self) -> tuple[Tensor, Tensor]:
+        """Return r_max and d_max at this step, as tensors where the layer is."""
+        assert self.num_batches_tracked is not None
         assert self.running_mean is not None
-        step: int | Tensor
-        if count.device.type == "cpu" and not torch.compiler.is_compiling():
-            step = int(count)  # a dozen small operations fewer
-        else:
-            step = count.to(torch.promote_types(self.running_mean.dtype, torch.float32))
+        step = self.num_batches_tracked.to(torch.promote_types(self.running_mean.dtype, torch.float32))
         return ramp(step, 1.0, self.r_max, self.r_warmup), ramp(step, 0.0, self.d_max, self.d_warmup)
 
     def corrected_affine(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

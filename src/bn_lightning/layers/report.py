@@ -50,24 +50,28 @@ class ConversionReport:
     rows: tuple[ConversionRow, ...]
     _changes: tuple[LayerChange, ...] = field(default=(), repr=False, compare=False)
 
-    def undo(self) -> None:
+    def undo(self, *, leave_others: bool = False) -> None:
         """Give every layer back its class, attributes, buffers and ``requires_grad``; again is harmless.
 
         It is the conversion that is undone, not the training since: parameters and running statistics keep the values
         they have by now. Several conversions are undone in reverse order.
+
+        Args:
+            leave_others: Leave layers alone that something else has converted since, instead of refusing.
 
         Raises:
             ConversionError: If a layer was converted once more; nothing is undone then.
         """
         changed = [row for row in self.rows if row.changed]
         for change, row in zip(self._changes, changed, strict=False):  # a dry run changed nothing
-            if not change.undone and not change.stands:
+            if not (leave_others or change.undone or change.stands):
                 raise ConversionError(
                     f"{row.name or '(root)'!r} is a {type(change.layer).__name__} by now, not the {row.after} that "
                     "this conversion made of it. Undo the later conversion first; nothing was undone."
                 )
         for change in reversed(self._changes):
-            change.undo()
+            if change.stands:
+                change.undo()
 
     def concerns(self, model: nn.Module) -> bool:
         """Tell whether layers that it changed are in this model."""
