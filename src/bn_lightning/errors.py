@@ -1,6 +1,17 @@
 """One family of errors: what went wrong, where, and what to do about it."""
 
-__all__ = ["AuditError", "BatchNormError", "ConversionError", "FoldError", "RecalibrationError", "first_line"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AuditError",
+    "BatchNormError",
+    "ConversionError",
+    "FoldError",
+    "RecalibrationError",
+    "first_line",
+    "nearest",
+]
 
 
 class BatchNormError(ValueError):
@@ -32,3 +43,14 @@ def first_line(exception: BaseException) -> str:
     """
     exception = exception.__cause__ or exception
     return f"{type(exception).__name__}: {(str(exception).strip() or 'no message').splitlines()[0]}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Ask whether another name was meant, if one is near.
+
+    Example:
+        >>> nearest("gost", ["frozen", "ghost"])
+        " (did you mean 'ghost'?)"
+    """
+    found = difflib.get_close_matches(name.lower(), list(known), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -78,7 +78,9 @@ def test_a_wrong_shape_is_named(shape):
 
 
 def test_an_unknown_option_is_refused_with_those_there_are():
-    with pytest.raises(ConversionError, match=r"FrozenBatchNorm has no option 'trainabel'; it takes trainable"):
+    with pytest.raises(
+        ConversionError, match=r"no option 'trainabel' \(did you mean 'trainable'\?\); it takes trainable"
+    ):
         FrozenBatchNorm(3, trainabel=False)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from bn_lightning.errors import ConversionError
 from bn_lightning.functional.renorm import ramp, renorm_correction
 from bn_lightning.layers import BatchRenorm
-from bn_lightning.layers import renorm as module
+from bn_lightning.layers import renorm_schedule as module
 
 AT_ONCE = {"r_warmup": None, "d_warmup": None}
 AFFINE = [pytest.param(kind, id=str(kind)) for kind in (True, "scale", "shift", False)]

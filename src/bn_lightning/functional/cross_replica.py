@@ -137,7 +137,7 @@ class _ReplicaNormalize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, count, mean, var, weight)
         ctx.eps, ctx.group = eps, group
-        return _evaluated(x, mean, var, weight, bias, eps) if x.numel() else torch.empty_like(x)
+        return _evaluated(x, mean, var, weight, bias, eps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -157,8 +157,6 @@ def _sums(
     grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return Σ grad·x̂ and Σ grad over this process's batch, as BN's backward kernel adds them."""
-    if not x.numel():
-        return torch.zeros_like(mean), torch.zeros_like(mean)
     _, scaled, total = _backward(grad, x, weight, mean, var, eps, [False, True, True], own=False)
     assert scaled is not None
     assert total is not None
@@ -169,8 +167,6 @@ def _through_statistics(
     grad: Tensor, x: Tensor, averages: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float
 ) -> Tensor:
     """Return the gradient for x: (grad − average of grad − x̂ · average of grad·x̂) · weight / √(var + eps)."""
-    if not x.numel():
-        return torch.zeros_like(x)
     gain = torch.rsqrt(var + eps)
     if weight is not None:
         gain = gain * weight

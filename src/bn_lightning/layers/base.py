@@ -1,6 +1,7 @@
 """What every BatchNorm variant is: torch's BN for (N, C, *), with options, under the same state_dict keys."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_lightning.errors import BatchNormError, ConversionError
+from bn_lightning.errors import BatchNormError, ConversionError, nearest
 from bn_lightning.functional.training_step import batch_norm_step
 
-__all__ = ["BatchNormVariant", "require_flag", "unlike_population"]
+__all__ = ["BatchNormVariant", "require_flag", "require_options", "unlike_population"]
 
 
 def require_flag(name: str, value: object) -> None:
@@ -22,6 +23,23 @@ def require_flag(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise ConversionError(f"{name} is True or False, got {value!r}.")
+
+
+def require_options(owner: str, options: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Return options if their owner knows them all.
+
+    Raises:
+        ConversionError: If not, with the nearest one there is and all of them.
+    """
+    known = list(known)
+    for option in options:
+        if option not in known:
+            own = inspect.signature(_BatchNorm.__init__).parameters
+            hint = " (each layer keeps its own)" if option in own else nearest(option, known)
+            hint = " (pass them as they are: virtual_batch_size=16)" if option == "options" else hint
+            has = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise ConversionError(f"{owner} has no option {option!r}{hint}; {has}.")
+    return options
 
 
 def unlike_population(layer: nn.Module) -> str | None:
@@ -89,7 +107,7 @@ class BatchNormVariant(_BatchNorm):
             self.weight = nn.Parameter(torch.ones(num_features, **factory))
         if affine == "shift" or (affine is True and bias):
             self.bias = nn.Parameter(torch.zeros(num_features, **factory))
-        self.configure(**self.checked_options(options))
+        self.configure(**require_options(type(self).__name__, options, self.option_names()))
 
     def configure(self) -> None:
         """Set the variant's options, checked; called by the constructor and by conversion."""
@@ -106,20 +124,6 @@ class BatchNormVariant(_BatchNorm):
     def option_names(cls) -> list[str]:
         """List the names of the variant's own settings."""
         return [name for name in inspect.signature(cls.configure).parameters if name != "self"]
-
-    @classmethod
-    def checked_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the options if the variant knows them all.
-
-        Raises:
-            ConversionError: If not; the message has those that there are.
-        """
-        known = cls.option_names()
-        for name in options:
-            if name not in known:
-                has = f"it takes {', '.join(known)}" if known else "it takes none"
-                raise ConversionError(f"{cls.__name__} has no option {name!r}; {has}.")
-        return options
 
     def options(self) -> dict[str, Any]:
         """Return the variant's settings as they are now."""

@@ -8,8 +8,7 @@ from torch import Tensor, distributed
 
 from bn_lightning.errors import BatchNormError
 from bn_lightning.functional.cross_replica import replica_normalize, replica_statistics
-from bn_lightning.functional.normalize import batch_norm_with_statistics, batch_normalize, channel_statistics
-from bn_lightning.functional.renorm import renorm_correction
+from bn_lightning.functional.normalize import batch_norm_with_statistics
 from bn_lightning.internals import assert_async, never_compiled
 from bn_lightning.layers.base import require_flag
 from bn_lightning.layers.renorm_schedule import RenormSchedule
@@ -100,15 +99,12 @@ class CrossReplicaBatchNorm(RenormSchedule):
         group = self._replicas()
         if group is not None:
             return self._normalize_together(x, group)
-        if not self.renorm:
-            y, mean, var = batch_norm_with_statistics(x, self.weight, self.bias, self.eps)
-            self.update_running_statistics(mean, var)
-            return y
-        mean, var = channel_statistics(x.detach())
-        scale, shift = self._corrected(mean, var)
-        count = x.numel() // self.num_features
-        self.update_running_statistics(mean, var * (count / (count - 1)))
-        return batch_normalize(x, mean, var, scale, shift, self.eps)
+        if self.renorm:
+            return self.normalize_corrected(x)
+        # Not `plain_step`: paused, torch's kernel saves fewer tensors, which activation checkpointing refuses.
+        y, mean, var = batch_norm_with_statistics(x, self.weight, self.bias, self.eps)
+        self.update_running_statistics(mean, var)
+        return y
 
     def converged_count(self) -> int:
         """Return the end of the schedule, if there is one."""
@@ -127,16 +123,9 @@ class CrossReplicaBatchNorm(RenormSchedule):
                 f"shape {tuple(x.shape)}). Use a larger batch, drop the last one of an epoch (drop_last=True), or "
                 "evaluation mode."
             )
-        scale, shift = self._corrected(mean, var) if self.renorm else (self.weight, self.bias)
+        scale, shift = self.corrected_affine(mean, var) if self.renorm else (self.weight, self.bias)
         self.update_running_statistics(mean, var * (count / (count - 1)))
         return replica_normalize(x, count, mean, var, scale, shift, self.eps, group)
-
-    def _corrected(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scale and shift with Batch Renormalization's r and d in them."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        r, d = renorm_correction(mean, var, self.running_mean, self.running_var, self.eps, *self.current_limits())
-        return self.corrected_affine(r, d)
 
     def _replicas(self) -> "ProcessGroup | None":
         """Return the processes to exchange statistics with; ``None`` if there is no other."""

@@ -1,9 +1,6 @@
 """The variants by the names users type."""
 
-import difflib
-from collections.abc import Iterable
-
-from bn_lightning.errors import ConversionError
+from bn_lightning.errors import ConversionError, nearest
 from bn_lightning.layers.adaptive import AdaptiveBatchNorm
 from bn_lightning.layers.base import BatchNormVariant
 from bn_lightning.layers.cross_replica import CrossReplicaBatchNorm
@@ -16,7 +13,7 @@ from bn_lightning.layers.masked import MaskedBatchNorm
 from bn_lightning.layers.noisy import NoisyBatchNorm
 from bn_lightning.layers.renorm import BatchRenorm
 
-__all__ = ["GROUP", "VARIANTS", "find_variant", "nearest"]
+__all__ = ["GROUP", "VARIANTS", "find_variant"]
 
 #: The name of the conversion that leaves the family, to ``torch.nn.GroupNorm``.
 GROUP = "group"
@@ -51,14 +48,3 @@ def find_variant(name: str) -> type[BatchNormVariant]:
         hint = f" (did you mean {classes[name]!r}?)" if name in classes else nearest(name, known)
         raise ConversionError(f"there is no variant {name!r}{hint}; there are {', '.join(known)}.")
     return VARIANTS[name]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Ask whether another name was meant, if one is near.
-
-    Example:
-        >>> nearest("gost", ["frozen", "ghost"])
-        " (did you mean 'ghost'?)"
-    """
-    found = difflib.get_close_matches(name.lower(), list(known), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""

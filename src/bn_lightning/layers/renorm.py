@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bn_lightning.functional.normalize import batch_normalize, channel_statistics
-from bn_lightning.functional.renorm import renorm_correction
 from bn_lightning.layers.renorm_schedule import RenormSchedule
 
 __all__ = ["BatchRenorm"]
@@ -60,12 +58,5 @@ class BatchRenorm(RenormSchedule):
         self.set_limits(r_max, d_max, r_warmup, d_warmup)
 
     def normalize_batch(self, x: Tensor) -> Tensor:
-        """Normalize by batch statistics; r and d go into scale and shift, so they cost nothing."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        mean, var = channel_statistics(x.detach())
-        r, d = renorm_correction(mean, var, self.running_mean, self.running_var, self.eps, *self.current_limits())
-        scale, shift = self.corrected_affine(r, d)
-        count = x.numel() // self.num_features
-        self.update_running_statistics(mean, var * (count / (count - 1)))
-        return batch_normalize(x, mean, var, scale, shift, self.eps)
+        """Normalize by the batch's statistics, corrected."""
+        return self.normalize_corrected(x)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from bn_lightning.errors import ConversionError
-from bn_lightning.functional.renorm import ramp
+from bn_lightning.functional.normalize import batch_normalize, channel_statistics
+from bn_lightning.functional.renorm import ramp, renorm_correction
 from bn_lightning.layers.step_dependent import StepDependent
 
 __all__ = ["RenormSchedule"]
@@ -62,8 +63,19 @@ class RenormSchedule(StepDependent):
         step = self.num_batches_tracked.to(torch.promote_types(self.running_mean.dtype, torch.float32))
         return ramp(step, 1.0, self.r_max, self.r_warmup), ramp(step, 0.0, self.d_max, self.d_warmup)
 
-    def corrected_affine(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scale and shift that take x̂ to ``(x̂ · r + d) · weight + bias``."""
+    def normalize_corrected(self, x: Tensor) -> Tensor:
+        """Normalize by this batch's statistics; r and d go into scale and shift, so they cost nothing."""
+        mean, var = channel_statistics(x.detach())
+        scale, shift = self.corrected_affine(mean, var)
+        count = x.numel() // self.num_features
+        self.update_running_statistics(mean, var * (count / (count - 1)))
+        return batch_normalize(x, mean, var, scale, shift, self.eps)
+
+    def corrected_affine(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale and shift that take x̂ to ``(x̂ · r + d) · weight + bias``, for a batch's statistics."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        r, d = renorm_correction(mean, var, self.running_mean, self.running_var, self.eps, *self.current_limits())
         if self.weight is None:
             return r, d if self.bias is None else self.bias + d
         shift = self.weight * d if self.bias is None else torch.addcmul(self.bias, self.weight, d)

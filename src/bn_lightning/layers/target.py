@@ -1,7 +1,7 @@
 """What layers are to become: a name or a class with options, checked once, applied to one layer after the other."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -10,13 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.errors import ConversionError
 from bn_lightning.layers.act import ThenActivation, with_activation
-from bn_lightning.layers.base import BatchNormVariant
+from bn_lightning.layers.base import BatchNormVariant, require_options
 from bn_lightning.layers.cross_replica import CrossReplicaBatchNorm
 from bn_lightning.layers.domain import DomainBatchNorm
 from bn_lightning.layers.frozen import FrozenBatchNorm
 from bn_lightning.layers.group import build_group_norm, check_num_groups, to_group_norm, why_no_group_norm
 from bn_lightning.layers.kinds import has_activation, is_converted_group_norm, plain_class_of
-from bn_lightning.layers.registry import GROUP, find_variant, nearest
+from bn_lightning.layers.registry import GROUP, find_variant
 from bn_lightning.layers.swap import forget_variant
 
 __all__ = ["Target", "batch_norm_layer", "resolve_target"]
@@ -62,7 +62,7 @@ def resolve_target(variant: str | type[nn.Module], options: dict[str, Any]) -> T
         ConversionError: If the name, an option or its value is unknown, with the nearest one there is.
     """
     if variant in (GROUP, nn.GroupNorm):
-        return _GroupTarget(**_checked(GROUP, options, ["num_groups"]))
+        return _GroupTarget(**require_options(GROUP, options, ["num_groups"]))
     kind = find_variant(variant) if isinstance(variant, str) else variant
     if not (isinstance(kind, type) and issubclass(kind, BatchNormVariant) and kind is not BatchNormVariant):
         raise ConversionError(
@@ -77,7 +77,7 @@ def resolve_target(variant: str | type[nn.Module], options: dict[str, Any]) -> T
     missing = [name for name in known if required[name].default is inspect.Parameter.empty and name not in options]
     if missing:
         raise ConversionError(f"{kind.__name__} needs {', '.join(missing)}.")
-    return _VariantTarget(kind, _checked(kind.__name__, options, known))
+    return _VariantTarget(kind, require_options(kind.__name__, options, known))
 
 
 class _VariantTarget:
@@ -157,15 +157,3 @@ class _GroupTarget:
     def apply(self, layer: nn.Module) -> str:
         assert isinstance(layer, _BatchNorm)
         return to_group_norm(layer, self.num_groups)
-
-
-def _checked(name: str, options: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    known = list(known)
-    for option in options:
-        if option not in known:
-            own = inspect.signature(_BatchNorm.__init__).parameters
-            hint = " (each layer keeps its own)" if option in own else nearest(option, known)
-            hint = " (pass them as they are: virtual_batch_size=16)" if option == "options" else hint
-            has = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise ConversionError(f"{name} has no option {option!r}{hint}; {has}.")
-    return options

@@ -1,11 +1,10 @@
 """Networks by name, so that hyperparameters and configuration files can say which one."""
 
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
-from bn_lightning.errors import BatchNormError
+from bn_lightning.errors import BatchNormError, nearest
 from bn_lightning.networks.residual import ResidualNetwork
 
 __all__ = ["build_network"]
@@ -24,7 +23,6 @@ def build_network(name: str, **options: Any) -> nn.Module:
         'ResidualNetwork'
     """
     if name not in _NETWORKS:
-        near = get_close_matches(name, _NETWORKS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(map(repr, sorted(_NETWORKS)))}."
-        raise BatchNormError(f"no network is called {name!r}{hint}")
+        there = ", ".join(map(repr, sorted(_NETWORKS)))
+        raise BatchNormError(f"no network is called {name!r}{nearest(name, _NETWORKS)}; there are {there}.")
     return _NETWORKS[name](**options)
