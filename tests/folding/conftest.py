@@ -69,14 +69,14 @@ def images():
 
 @pytest.fixture
 def small_net(randomize):
-    """Two folds and one BN that stays, with in-place activations."""
+    """Two folds and one BN that stays between two activations, one of them in place."""
     return randomize(
         nn.Sequential(
             nn.Conv2d(6, 8, 3, bias=False),
             nn.BatchNorm2d(8),
             nn.ReLU(inplace=True),
             nn.BatchNorm2d(8),
-            nn.Flatten(),
+            nn.Sequential(nn.Tanh(), nn.Flatten()),
             nn.Linear(200, 4),
             nn.BatchNorm1d(4),
         )

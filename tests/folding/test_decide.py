@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from bn_lightning import convert_batch_norm, fold_batch_norm, plan_fold
+from bn_lightning import fold_batch_norm, plan_fold
 
 
 class Net(nn.Module):
@@ -166,10 +166,6 @@ def two_norms(net, x):
     return net.bn(net.conv(x)) + net.second(net.conv(x))
 
 
-def one_norm(net, x):
-    return net.bn(net.conv(x)) + net.bn(net.second(x))
-
-
 def kernels_apart(net, x):
     return net.bn(net.conv(x)) + F.conv2d(x, net.second)
 
@@ -197,10 +193,6 @@ CASES = {
     "conv-used-twice-chained": (
         "reused",
         partial(Net, lambda net, x: net.conv(net.bn(net.conv(x[:, :4]))), conv=nn.Conv2d(4, 4, 3)),
-    ),
-    "norm-of-two-convs": (
-        "reused",
-        partial(Net, one_norm, with_second),
     ),
     "tied-weight-unused": ("tied", partial(Net, straight, tie_weight)),
     "tied-weight-used": ("tied", partial(Net, lambda net, x: net.bn(net.conv(x)) + net.second(x), tie_weight)),
@@ -347,8 +339,8 @@ def test_overflow_in_the_weights_dtype(randomize, images):
     net = randomize(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))).half()
     with torch.no_grad():
         net[0].weight.mul_(1e3)
-        net[1].weight.fill_(6e4)
-        net[1].running_var.fill_(1e-3)
+        net[1].weight.fill_(900)
+        net[1].running_var.fill_(1)
     row = plan_fold(net, images.half() * 1e-6).rows[0]
     assert (row.reason, "float16" in row.detail) == ("overflow", True)
 
@@ -371,11 +363,3 @@ def test_a_layer_that_only_some_calls_reach_in_another_way_stays(randomize, imag
     net = randomize(Fork())
     assert plan_fold(net, images).rows[0].action == "folded-backward"
     assert plan_fold(net, [images, images[:1]]).rows[0].reason == "nonlinear_between"
-
-
-def test_a_variant_says_that_reverting_comes_first():
-    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).eval()
-    convert_batch_norm(model, "ghost")
-    (row,) = plan_fold(model, torch.zeros(1, 1, 2, 2)).rows
-    assert (row.action, row.reason) == ("kept", "subclass")
-    assert row.detail.endswith("revert_batch_norm first")

@@ -238,8 +238,14 @@ def test_the_report_reads_well(small_net, images):
     assert lines[0] == "folded batch norms"
     assert lines[1].split() == ["layer", "action", "into", "why", "it", "stays"]
     assert lines[3].split() == ["1", "folded-backward", "0", "–"]
-    assert lines[4].split(maxsplit=3) == ["3", "kept", "–", "nonlinear_between: fed by relu in '2'"]
-    assert lines[-1].startswith("folded 2 of 3; float64 error ")
+    assert lines[4].split(maxsplit=3) == [
+        "3",
+        "kept",
+        "–",
+        "nonlinear_between: fed by relu in '2'; read by tanh in '4.0'",
+    ]
+    assert lines[-2].startswith("folded 2 of 3; float64 error ")
+    assert lines[-1].startswith("int8: once folded 1 weight spreads more than 32-fold over channels, most of all ")
     assert report.to_dict()["rows"][1]["reason"] == "nonlinear_between"
     assert "<table>" in report._repr_html_()
 
@@ -247,7 +253,7 @@ def test_the_report_reads_well(small_net, images):
 def test_many_rows_of_one_reason_are_summed_up_in_print_only(randomize):
     class Own(nn.BatchNorm1d):
         def forward(self, x):
-            return super().forward(x)
+            return 2 * super().forward(x)
 
     body = [layer for _ in range(15) for layer in (nn.Linear(4, 4), Own(4))]
     tail = [layer for _ in range(4) for layer in (nn.ReLU(), nn.BatchNorm1d(4))]
@@ -255,8 +261,11 @@ def test_many_rows_of_one_reason_are_summed_up_in_print_only(randomize):
     lines = [" ".join(line.split()) for line in str(plan).splitlines()]
     assert lines[3:8] == [
         "1 folded-backward 0 –",
-        *(f"{index} kept – subclass: Own has a forward of its own" for index in (3, 5, 7)),
-        "… and 12 more kept – subclass: Own has a forward of its own",
+        *(
+            f"{index} kept – subclass: Own has a forward of its own that is not known to be foldable"
+            for index in (3, 5, 7)
+        ),
+        "… and 12 more kept – subclass: Own has a forward of its own that is not known to be foldable",
     ]
     assert [line.split()[0] for line in lines[8:12]] == ["33", "35", "37", "39"], "four of a kind are told in full"
     assert lines[-1] == "to fold: 1 of 20"

@@ -2,12 +2,11 @@
 
 import warnings
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bn_lightning import plan_fold
+from bn_lightning import fold_batch_norm, plan_fold
 
 
 class LooseNorm(nn.Module):
@@ -26,11 +25,19 @@ class LooseNorm(nn.Module):
         return F.batch_norm(x, x.new_zeros(4), x.new_ones(4))
 
 
-@pytest.mark.parametrize(("owned", "name"), [(True, "2"), (False, "2: batch_norm")], ids=["owned", "unowned"])
-def test_a_batch_norm_without_a_layer_has_its_row(randomize, images, owned, name):
-    net = randomize(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), LooseNorm(owned)))
+def test_a_batch_norm_without_a_layer_has_its_row(randomize, images):
+    net = randomize(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), LooseNorm(owned=False)))
     rows = plan_fold(net, images).rows
-    assert [(row.name, row.reason) for row in rows] == [("1", ""), (name, "functional")]
+    assert [(row.name, row.reason) for row in rows] == [("1", ""), ("2: batch_norm", "functional")]
+
+
+def test_a_module_that_holds_its_statistics_is_a_batch_norm(randomize, images):
+    net = randomize(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), LooseNorm(owned=True)))
+    net[2].running_mean.fill_(0.5)
+    with torch.no_grad():
+        expected = net(images)
+        assert [row.action for row in fold_batch_norm(net, images).report.rows] == ["folded-backward"] * 2
+        torch.testing.assert_close(net(images), expected)
 
 
 def test_a_scripted_batch_norm_has_its_row(randomize, images):

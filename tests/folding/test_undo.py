@@ -141,9 +141,11 @@ def test_an_interrupt_in_the_middle_of_the_surgery(net, images, fingerprint, mon
 
         return wrapped
 
-    for name in ("_tensor_restorer", "_slot_restorer", "folded_tensors"):
+    for name in ("_tensor_restorer", "_follower"):
         monkeypatch.setattr(surgery_module, name, interrupting(getattr(surgery_module, name)))
-    monkeypatch.setattr(surgery_module.Surgery, "_write", interrupting(surgery_module.Surgery._write))
+    for name in ("_write", "_replace"):
+        monkeypatch.setattr(surgery_module.Surgery, name, interrupting(getattr(surgery_module.Surgery, name)))
+    monkeypatch.setattr(surgery_module.Numbers, "apply", interrupting(surgery_module.Numbers.apply))
     with pytest.raises(KeyboardInterrupt):
         fold_batch_norm(net, images)
     assert fingerprint(net) == before

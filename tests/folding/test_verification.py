@@ -8,20 +8,31 @@ import torch
 from torch import nn
 
 from bn_lightning import fold_batch_norm
-from bn_lightning.folding import surgery as surgery_module
-from bn_lightning.folding.arithmetic import folded_tensors
+from bn_lightning.folding.numbers import Numbers
 from bn_lightning.folding.verify import comparison_problem, relative_error
 
 
 @pytest.fixture
-def wrong_fold(monkeypatch):
-    """Get the arithmetic wrong for one layer: forget the scale on the bias, as others did."""
+def get_wrong(monkeypatch):
+    """Get the bias wrong that folding some layer gives."""
 
-    def folded_wrong(model, pair):
-        weight, bias = folded_tensors(model, pair)
-        return (weight, bias + 1e-6) if pair.batch_norm == "1" else (weight, bias)
+    def get(layer, by):
+        right = Numbers.apply
 
-    monkeypatch.setattr(surgery_module, "folded_tensors", folded_wrong)
+        def wrong(numbers, step):
+            kept = right(numbers, step)
+            if step.name == layer and kept is None:
+                numbers.changed[step.targets[0].bias] += by
+            return kept
+
+        monkeypatch.setattr(Numbers, "apply", wrong)
+
+    return get
+
+
+@pytest.fixture
+def wrong_fold(get_wrong):
+    get_wrong("1", 1e-6)
 
 
 def test_the_guilty_fold_is_found_and_taken_back(small_net, images, wrong_fold):
@@ -138,12 +149,8 @@ def test_a_model_that_cannot_run_in_float64_is_verified_in_its_own_dtype(randomi
     assert "cannot run in float64 (RuntimeError: expected" in str(report)
 
 
-def test_a_wrong_fold_is_found_without_float64_too(randomize, images, monkeypatch):
-    def folded_wrong(model, pair):
-        weight, bias = folded_tensors(model, pair)
-        return weight, bias + 0.01
-
-    monkeypatch.setattr(surgery_module, "folded_tensors", folded_wrong)
+def test_a_wrong_fold_is_found_without_float64_too(randomize, images, get_wrong):
+    get_wrong("bn", 0.01)
     report = fold_batch_norm(randomize(NeedsFloat32()), images).report
     assert report.rows[0].reason == "unverified"
     assert "in float32" in report.rows[0].detail

@@ -1,7 +1,8 @@
-"""Fold evaluation-mode BatchNorm into the weights before it: plan, apply, verify, undo."""
+"""Fold evaluation-mode BatchNorm into the weights before or behind it: plan, apply, verify, undo."""
 
+from bn_lightning.folding.agreement import Agreement
 from bn_lightning.folding.fold import FoldResult, fold_batch_norm
 from bn_lightning.folding.plan import plan_fold
 from bn_lightning.folding.report import FoldPlan, FoldReport, FoldRow
 
-__all__ = ["FoldPlan", "FoldReport", "FoldResult", "FoldRow", "fold_batch_norm", "plan_fold"]
+__all__ = ["Agreement", "FoldPlan", "FoldReport", "FoldResult", "FoldRow", "fold_batch_norm", "plan_fold"]

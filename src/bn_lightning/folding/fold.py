@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from bn_lightning.errors import FoldError, first_line
-from bn_lightning.folding.arithmetic import owned_tensor
+from bn_lightning.folding.agreement import measure_agreement
 from bn_lightning.folding.guard import FoldGuard
+from bn_lightning.folding.numbers import reference_tensor
 from bn_lightning.folding.plan import plan_fold, require_foldable
-from bn_lightning.folding.report import FoldPair, FoldPlan, FoldReport, FoldRow
+from bn_lightning.folding.report import FoldPlan, FoldReport, FoldRow
+from bn_lightning.folding.steps import FoldStep, without
 from bn_lightning.folding.surgery import Surgery
 from bn_lightning.folding.verify import comparison_problem, float_outputs, relative_error
 from bn_lightning.preservation import in_float64, out_of_inference_mode, preserved
@@ -52,16 +54,47 @@ class FoldResult:
     @contextmanager
     def unfolded(self) -> Iterator[nn.Module]:
         """Lend the network out unfolded, for a checkpoint say, and fold it again afterwards."""
-        pairs = self._surgery.pairs
+        steps = self._surgery.steps
         self._surgery.undo()
         try:
             yield self.model
         finally:
-            for pair in pairs:
-                self._surgery.fold(pair)
+            self._surgery.fold(steps)
+
+    def load_unfolded(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Load an unfolded checkpoint into the folded network: unfold, load, and fold the same layers again.
+
+        `undo` afterwards leads to the network with what was loaded. The outputs are not verified again: the folds are
+        the ones that were, with other numbers.
+
+        Args:
+            state_dict: With the keys of the network as it was before it was folded.
+            strict: As in ``Module.load_state_dict``.
+
+        Raises:
+            FoldError: If the keys or shapes do not fit, or the new numbers do not allow a fold (statistics that are not
+                finite, a negative scale under max pooling, …). The network is then folded, with what it held before.
+        """
+        steps, before = self._surgery.steps, None
+        self._surgery.undo()
+        try:
+            before = copy.deepcopy(self.model.state_dict())
+            self.model.load_state_dict(state_dict, strict=strict)
+            self._surgery.fold(steps)
+        except BaseException as exception:
+            self._surgery.undo()
+            if before is not None:
+                self.model.load_state_dict(before)
+            self._surgery.fold(steps)
+            if isinstance(exception, RuntimeError) and not isinstance(exception, FoldError):
+                raise FoldError(
+                    f"the state_dict does not fit {type(self.model).__name__} as it was before it was folded: "
+                    f"{exception}"
+                ) from exception
+            raise
 
     def guarded(self) -> FoldGuard:
-        """Watch the folded pairs with hooks, until ``close()``, for uses that the example inputs did not show."""
+        """Watch the folded layers with hooks, until ``close()``, for uses that the example inputs did not show."""
         return FoldGuard(self._surgery)
 
     def __str__(self) -> str:
@@ -78,14 +111,19 @@ def fold_batch_norm(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     inplace: bool = True,
+    standalone: str = "keep",
+    batches: Iterable[Any] | None = None,
+    max_batches: int = 32,
 ) -> FoldResult:
-    """Fold evaluation-mode BatchNorm into the convolution or linear layer before it, and verify the outputs.
+    """Fold evaluation-mode BatchNorm into the weights before or behind it, and verify the outputs.
 
-    With ``s = weight / sqrt(running_var + eps)`` and ``t = bias - running_mean * s`` the producer's weight becomes
-    ``s * weight`` and its bias ``s * bias + t``, computed in float64 and cast once; the BatchNorm layer becomes
-    ``torch.nn.Identity``. The folded network is compared with the unfolded one on the example inputs, in
-    float64 (relative error at most 1e-9) and in its own dtype; a fold that differs is rolled back and says so in
-    its row. An exception or interrupt leaves the model as it was.
+    With ``s = weight / sqrt(running_var + eps)`` and ``t = bias - running_mean * s`` the weight of the layer before
+    becomes ``s * weight`` and its bias ``s * bias + t``; a layer behind takes ``s`` into its input channels and
+    ``weight @ t`` into its bias. All folds are computed in float64 and cast once. The BatchNorm layer becomes
+    ``torch.nn.Identity``, or, where drop and activation belong to it (timm), a ``torch.nn.Sequential`` of those. The
+    folded network is compared with the unfolded one on the example inputs, in float64 (relative error at most 1e-9) and
+    in its own dtype; a fold that differs is rolled back and says so in its row. An exception or interrupt leaves the
+    model as it was.
 
     Only what the example calls reach was verified: a branch they do not take, or code that calls a folded layer on
     its own, gets the normalized output. The folded network is plain torch, without hooks, and runs and loads
@@ -98,6 +136,10 @@ def fold_batch_norm(
         include: Name patterns of the BatchNorm layers to fold; empty means all.
         exclude: Name patterns of layers to keep.
         inplace: Fold ``model`` itself; otherwise a deep copy, and ``model`` stays as it is.
+        standalone: What becomes of a layer that cannot be folded: ``"keep"``, or ``"affine"`` for a `ChannelAffine`,
+            which makes the folded network depend on this library.
+        batches: Your own data, tensors or tuples that begin with one, for `FoldReport.agreement`.
+        max_batches: How many of them to take.
 
     Returns:
         The folded ``model``, its ``report`` and ``undo()``.
@@ -134,12 +176,25 @@ def fold_batch_norm(
     surgery = Surgery(network)
     try:
         with preserved(network), out_of_inference_mode():
-            plan = plan_fold(network, example_inputs, include, exclude)
+            plan = plan_fold(network, example_inputs, include, exclude, standalone=standalone)
             report = _fold_and_verify(surgery, plan, calls)
+            result = FoldResult(network, report, surgery)
+            if batches is not None:
+                result = replace(result, report=_with_agreement(result, batches, max_batches))
     except BaseException:
         surgery.undo()
         raise
-    return FoldResult(network, report, surgery)
+    return result
+
+
+def _with_agreement(result: FoldResult, batches: Iterable[Any], max_batches: int) -> FoldReport:
+    def run(inputs: Any) -> tuple[Any, Any]:
+        call = ExampleCall((inputs,))
+        folded = call.copied().run(result.model, error=FoldError)
+        with result.unfolded() as model:
+            return call.copied().run(model, error=FoldError), folded
+
+    return replace(result.report, agreement=measure_agreement(run, batches, max_batches=max_batches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +221,11 @@ class _Check:
 
 def _fold_and_verify(surgery: Surgery, plan: FoldPlan, calls: Sequence[ExampleCall]) -> FoldReport:
     """Fold what is planned and verified, first in float64 for good measure, then to stay."""
-    model, pairs, rejected = surgery.model, list(plan.pairs), dict[str, str]()
-    if not pairs:
+    model, steps = surgery.model, list(plan.steps)
+    if not steps:
         return FoldReport(plan.rows, 0.0, "nothing folded", _EXACT_TOLERANCE)
-    dtype = _coarsest(model, pairs)
+    rejected: dict[str, str] = {}
+    dtype = _coarsest(model, steps)
     native, note = str(dtype).removeprefix("torch."), ""
     tolerance, verified_in = _EXACT_TOLERANCE, "float64"
     error = 0.0
@@ -183,22 +239,23 @@ def _fold_and_verify(surgery: Surgery, plan: FoldPlan, calls: Sequence[ExampleCa
         if exact is not None:
             check = _Check(model, calls, exact, torch.float64, tolerance, "float64")
             try:
-                error, rejected = _settle(surgery, pairs, check)
+                error, rejected = _settle(surgery, steps, check)
             finally:
                 surgery.undo()  # inside: these folds are written to the float64 copies
-    pairs = [pair for pair in pairs if pair.batch_norm not in rejected]
+    steps = without(steps, rejected)
     before = float_outputs(model, calls)
     reference = before if exact is None else exact
     native_before = None if exact is None else relative_error(before, exact)
     rounding = max(torch.finfo(dtype).eps ** 0.5, _NATIVE_FACTOR * (native_before or 0.0))
-    native_after, more = _settle(surgery, pairs, _Check(model, calls, reference, None, rounding, native))
+    native_after, more = _settle(surgery, steps, _Check(model, calls, reference, None, rounding, native))
     rejected |= more
     if exact is None:
         error, tolerance, verified_in = native_after, rounding, native
-    if not surgery.pairs:
-        return FoldReport(tuple(_row(row, rejected) for row in plan.rows), 0.0, "nothing folded", tolerance, note=note)
+    rows = tuple(_row(row, rejected) for row in plan.rows)
+    if not surgery.is_folded:
+        return FoldReport(rows, 0.0, "nothing folded", tolerance, note=note)
     return FoldReport(
-        rows=tuple(_row(row, rejected) for row in plan.rows),
+        rows=rows,
         error=error,
         verified_in=verified_in,
         tolerance=tolerance,
@@ -209,44 +266,56 @@ def _fold_and_verify(surgery: Surgery, plan: FoldPlan, calls: Sequence[ExampleCa
     )
 
 
-def _settle(surgery: Surgery, pairs: Sequence[FoldPair], check: _Check) -> tuple[float, dict[str, str]]:
-    """Fold all pairs; if the outputs differ, add one at a time and leave out those that do it.
+def _settle(surgery: Surgery, steps: Sequence[FoldStep], check: _Check) -> tuple[float, dict[str, str]]:
+    """Fold all steps; if the outputs differ, find those that do it and leave them out.
 
     Returns:
         The error with what is folded in the end, and for each layer left out what was wrong.
     """
     problem = comparison_problem(check.reference)
-    if problem or not pairs:
-        return 0.0, {pair.batch_norm: problem for pair in pairs if problem}
-    for pair in pairs:
-        surgery.fold(pair)
-    error, wrong = check.measure()
+    if problem or not steps:
+        return 0.0, {step.name: problem for step in steps if problem}
+
+    def measured(trial: Sequence[FoldStep]) -> tuple[float, str]:
+        surgery.undo()
+        surgery.fold(trial)
+        return check.measure()
+
+    error, wrong = measured(steps)
     if not wrong:
         return error, {}
-    surgery.undo()
-    if check.measure()[1]:
-        return 0.0, {pair.batch_norm: "the model's own output changes from run to run" for pair in pairs}
-    rejected, error = dict[str, str](), 0.0
-    for pair in pairs:
-        surgery.fold(pair)
-        trial, wrong = check.measure()
-        if wrong:
-            surgery.unfold(pair)
-            rejected[pair.batch_norm] = wrong
+    if measured([])[1]:
+        return 0.0, {step.name: "the model's own output changes from run to run" for step in steps}
+    accepted: list[FoldStep] = []
+    rejected: dict[str, str] = {}
+    waiting = [list(steps)]
+    while waiting:
+        more = [step for step in waiting.pop(0) if not rejected.keys() & set(step.behind)]
+        if not more:
+            continue
+        error, wrong = measured([*accepted, *more])
+        if not wrong:
+            accepted += more
+        elif len(more) == 1:
+            rejected[more[0].name] = wrong
         else:
-            error = trial
-    return error, rejected
+            waiting[:0] = [more[: len(more) // 2], more[len(more) // 2 :]]
+    for step in steps:
+        if step not in accepted and step.name not in rejected:
+            rejected[step.name] = f"it stands behind {step.behind[0]!r}, which could not be folded"
+    return measured(accepted)[0] if accepted else measured([])[0], rejected
 
 
 def _row(row: FoldRow, rejected: dict[str, str]) -> FoldRow:
     if row.name not in rejected:
         return row
-    return replace(row, action="kept", into=None, reason="unverified", detail=rejected[row.name])
+    return FoldRow(row.name, "kept", None, "unverified", rejected[row.name])
 
 
-def _coarsest(model: nn.Module, pairs: Sequence[FoldPair]) -> torch.dtype:
-    weights = [owned_tensor(model, pair.weight) for pair in pairs]
-    return max((weight.dtype for weight in weights if weight is not None), key=lambda dtype: torch.finfo(dtype).eps)
+def _coarsest(model: nn.Module, steps: Sequence[FoldStep]) -> torch.dtype:
+    weights = [reference_tensor(model, target) for step in steps for target in step.targets]
+    weights = weights or [tensor for tensor in model.parameters() if tensor.is_floating_point()]
+    return max((weight.dtype for weight in weights), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _copied(network: nn.Module) -> nn.Module:

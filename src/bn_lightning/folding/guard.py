@@ -1,4 +1,4 @@
-"""Watch folded pairs at work: what a folded layer gives is for the layer that was folded into it, and nobody else."""
+"""Watch folded layers at work: what a folded layer gives is for the layer that was folded into it, and nobody else."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bn_lightning.errors import FoldError
-from bn_lightning.folding.report import FoldPair
+from bn_lightning.folding.steps import FoldStep
 from bn_lightning.folding.surgery import Surgery
 from bn_lightning.internals import is_compiled
 from bn_lightning.tracing.layers import function_name, reads_metadata
@@ -28,7 +28,7 @@ _PASSING = frozenset(
 
 
 class FoldGuard:
-    """Hooks that refuse a use of a folded pair which the example inputs did not show.
+    """Hooks that refuse a use of a folded layer which the example inputs did not show.
 
     A fold was verified on what the example calls reach. Code that calls the folded layer on its own, or gives the
     BatchNorm layer something else, would silently get other numbers; here it gets a `FoldError` at that very line.
@@ -55,19 +55,22 @@ class FoldGuard:
         compiled = {id(child) for module in model.modules() if is_compiled(module) for child in module.modules()}
         self.unwatched: dict[str, str] = {}
         # Each value handed out and not yet taken in: as it was handed out, and as it was.
-        self._given: dict[FoldPair, list[tuple[Any, Tensor]]] = {}
+        self._given: dict[str, list[tuple[Any, Tensor]]] = {}
         self._handles = []
-        for pair in surgery.pairs:
-            producer, identity = model.get_submodule(pair.producer), model.get_submodule(pair.batch_norm)
-            if not pair.called:
-                self.unwatched[pair.batch_norm] = f"{_called(pair.producer)} does more than that layer"
-            elif id(producer) in compiled or id(identity) in compiled:
-                self.unwatched[pair.batch_norm] = "torch.compile runs it"
+        for step in surgery.steps:
+            if not step.targets:
+                continue  # a scale and shift in its place changes nothing elsewhere
+            if step.unwatched is not None:
+                self.unwatched[step.name] = step.unwatched
+                continue
+            producer, stand_in = model.get_submodule(step.targets[0].layer), surgery.stand_in(step.name)
+            if id(producer) in compiled or id(stand_in) in compiled:
+                self.unwatched[step.name] = "torch.compile runs it"
             else:
-                self._given[pair] = []
+                self._given[step.name] = []
                 self._handles += [
-                    producer.register_forward_hook(partial(self._hand_out, pair)),
-                    identity.register_forward_pre_hook(partial(self._take_in, pair), with_kwargs=True),
+                    producer.register_forward_hook(partial(self._hand_out, step)),
+                    stand_in.register_forward_pre_hook(partial(self._take_in, step), with_kwargs=True),
                 ]
 
     def check(self) -> None:
@@ -76,10 +79,11 @@ class FoldGuard:
         Raises:
             FoldError: Naming both layers.
         """
-        for pair, given in self._given.items():
+        for step in self._surgery.steps:
+            given = self._given.get(step.name)
             if given:
                 given.clear()
-                raise _refused(pair, f"the output of {pair.producer!r} never reached {pair.batch_norm!r}")
+                raise _refused(step, f"the output of {step.into!r} never reached {step.name!r}")
 
     def close(self) -> None:
         """Take the hooks away; again is harmless."""
@@ -87,42 +91,42 @@ class FoldGuard:
             handle.remove()
         self._given.clear()
 
-    def _hand_out(self, pair: FoldPair, module: nn.Module, args: Any, output: Any) -> Any:
-        if self._looks_away(pair):
+    def _hand_out(self, step: FoldStep, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._looks_away(step):
             return None
         if not isinstance(output, Tensor):
-            self.unwatched[pair.batch_norm] = f"{pair.producer!r} returns a {type(output).__name__}"
+            self.unwatched[step.name] = f"{step.into!r} returns a {type(output).__name__}"
             return None
         handed = output
         if type(output) is Tensor:
             handed = output.as_subclass(_Reserved)
-            handed.pair = pair
-        self._given[pair].append((handed, output))
+            handed.step = step
+        self._given[step.name].append((handed, output))
         return handed
 
-    def _take_in(self, pair: FoldPair, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._looks_away(pair):
+    def _take_in(self, step: FoldStep, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._looks_away(step):
             return None
         (value,) = (*args, *kwargs.values())
-        given = self._given[pair]
+        given = self._given[step.name]
         for index, (handed, output) in enumerate(given):
             if handed is value:
                 del given[index]
                 return (output,), {}
-        raise _refused(pair, f"{pair.batch_norm!r} is given something else than the output of {pair.producer!r}")
+        raise _refused(step, f"{step.name!r} is given something else than the output of {step.into!r}")
 
-    def _looks_away(self, pair: FoldPair) -> bool:
-        lent_out = not self._surgery.is_folded(pair)
-        return lent_out or pair.batch_norm in self.unwatched or torch.compiler.is_compiling()
+    def _looks_away(self, step: FoldStep) -> bool:
+        lent_out = not self._surgery.is_folded
+        return lent_out or step.name in self.unwatched or torch.compiler.is_compiling()
 
 
 class _Reserved(Tensor):
     """An output of a folded layer on its way to the layer that was folded into it."""
 
-    pair: FoldPair
+    step: FoldStep
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"<output of {self.pair.producer!r}, with {self.pair.batch_norm!r} folded into it>"
+        return f"<output of {self.step.into!r}, with {self.step.name!r} folded into it>"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,8 +140,8 @@ class _Reserved(Tensor):
                 return result
         if not reserved:
             return NotImplemented
-        pair = reserved[0].pair
-        raise _refused(pair, f"the output of {pair.producer!r} is read by {function_name(func)}")
+        step = reserved[0].step
+        raise _refused(step, f"the output of {step.into!r} is read by {function_name(func)}")
 
 
 def _may_pass(function: Any, kwargs: dict[str, Any]) -> bool:
@@ -146,12 +150,8 @@ def _may_pass(function: Any, kwargs: dict[str, Any]) -> bool:
     return function_name(function) in _PASSING and not in_place
 
 
-def _called(name: str) -> str:
-    return repr(name) if name else "the root module"
-
-
-def _refused(pair: FoldPair, what: str) -> FoldError:
+def _refused(step: FoldStep, what: str) -> FoldError:
     return FoldError(
-        f"{what}, but {pair.batch_norm!r} is folded into {pair.producer!r}, whose output is the normalized one now. "
-        f"The recorded forward pass makes no such use. Keep the layer with exclude=[{pair.batch_norm!r}]."
+        f"{what}, but {step.name!r} is folded into {step.into!r}, whose output is the normalized one now. "
+        f"The recorded forward pass makes no such use. Keep the layer with exclude=[{step.name!r}]."
     )

@@ -1,35 +1,53 @@
 """Find what can be folded, by one recorded forward pass; nothing is changed."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from bn_lightning.errors import FoldError
-from bn_lightning.folding.decide import Kept, Scene, decide
-from bn_lightning.folding.report import FoldPair, FoldPlan, FoldRow
+from bn_lightning.folding.backward import fold_backward
+from bn_lightning.folding.forward import fold_forward
+from bn_lightning.folding.norms import Norm, named_norms, require_norms
+from bn_lightning.folding.numbers import Numbers
+from bn_lightning.folding.reasons import Kept
+from bn_lightning.folding.report import FoldPlan, FoldRow
+from bn_lightning.folding.scene import Scene
+from bn_lightning.folding.spread import channel_spread
+from bn_lightning.folding.steps import FoldStep
 from bn_lightning.preservation import out_of_inference_mode
-from bn_lightning.selection import describe, named_batch_norms, require_batch_norms, unwrap
+from bn_lightning.selection import describe, unwrap
 from bn_lightning.tracing.record import ForwardRecord
 from bn_lightning.tracing.recorder import record_forward
 
 __all__ = ["plan_fold", "require_foldable"]
 
+_STANDALONE = ("keep", "affine")
+
 
 def plan_fold(
-    model: nn.Module, example_inputs: Any, include: Iterable[str] = (), exclude: Iterable[str] = ()
+    model: nn.Module,
+    example_inputs: Any,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    *,
+    standalone: str = "keep",
 ) -> FoldPlan:
     """Tell for every BatchNorm layer whether it can be folded, into what, and if not, why.
 
-    A layer is folded backward when every call of it, over all example calls, normalizes the output of one
-    convolution or linear layer, and nothing else reads that output or uses that weight.
+    A layer is folded **backward** into the convolutions and linear layers that make all it normalizes, also through
+    reshaping, splitting, concatenation, channel shuffling, average pooling and sums; **merged** into a BatchNorm layer
+    before it; or else folded **forward** into the convolutions and linear layers that are all that reads its output.
+    Each time nothing else may see a value that would change, or use a weight that would.
 
     Args:
         model: The network, in evaluation mode. Given back bit for bit.
         example_inputs: A tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of those
             (several calls). Control flow they do not reach is not seen: pass one call a branch.
         include: Name patterns of the BatchNorm layers to fold; empty means all.
-        exclude: Name patterns of layers to keep.
+        exclude: Name patterns of layers to keep as they are.
+        standalone: What becomes of a layer that cannot be folded: ``"keep"``, or ``"affine"`` for a `ChannelAffine`.
 
     Returns:
         The plan. ``print`` shows one row a layer.
@@ -41,9 +59,9 @@ def plan_fold(
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8)).eval()
         >>> for row in plan_fold(net, torch.zeros(1, 3, 6, 6)).rows:
-        ...     print(row.name, row.action, row.into, row.reason, row.detail)
+        ...     print(row.name, row.action, row.into or row.detail)
         1 folded-backward 0
-        3 kept None nonlinear_between fed by relu in '2'
+        3 kept fed by relu in '2'; the model returns the output of batch_norm in '3'
 
     Reference:
         Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -51,22 +69,15 @@ def plan_fold(
     """
     network = unwrap(model)
     require_foldable(network)
-    include, exclude = _kept(include), _kept(exclude)
-    picked = named_batch_norms(network, include, exclude)
+    if standalone not in _STANDALONE:
+        raise FoldError(f"standalone= is 'keep' or 'affine', got {standalone!r}.")
+    picked = named_norms(network, _kept(include), _kept(exclude))
     with out_of_inference_mode():
-        scene = Scene(network, record_forward(network, example_inputs, error=FoldError))
-        rows: list[FoldRow] = []
-        pairs: list[FoldPair] = []
-        for name, bn in named_batch_norms(network).items():
-            excluded = Kept("excluded", "left out by include= or exclude=")
-            verdict = decide(scene, name, bn) if name in picked else excluded
-            if isinstance(verdict, Kept):
-                rows.append(FoldRow(name, "kept", None, verdict.reason, verdict.detail))
-            else:
-                rows.append(FoldRow(name, "folded-backward", verdict.producer))
-                pairs.append(verdict)
-    rows.extend(_without_a_layer(scene.record, {row.name for row in rows}))
-    return FoldPlan(tuple(rows), tuple(pairs))
+        record = record_forward(network, example_inputs, error=FoldError)
+        decisions = _Decisions(Scene(network, record), set(picked), standalone)
+        rows = [decisions.row(name) for name in named_norms(network)]
+        rows += _without_a_layer(record, {row.name for row in rows})
+    return FoldPlan(tuple(rows), tuple(decisions.steps), tuple(record.blind_spots))
 
 
 def require_foldable(network: nn.Module) -> None:
@@ -75,13 +86,8 @@ def require_foldable(network: nn.Module) -> None:
     Raises:
         FoldError: If there is no BatchNorm layer, the network is in training mode, or it holds no data.
     """
-    if not named_batch_norms(network) and any(isinstance(module, nn.Identity) for module in network.modules()):
-        raise FoldError(
-            f"{type(network).__name__} has no BatchNorm layer, but holds torch.nn.Identity (already folded?). "
-            "Pass a network that has BatchNorm layers; result.undo() of the first fold brings them back."
-        )
-    norms = require_batch_norms(network, error=FoldError)
-    training = {name: bn for name, bn in norms.items() if bn.training}
+    norms = require_norms(network)
+    training = {name: norm for name, norm in norms.items() if norm.training}
     if network.training and training:
         raise FoldError(
             f"{type(network).__name__} is in training mode, where BatchNorm normalizes by the batch and cannot be "
@@ -90,6 +96,82 @@ def require_foldable(network: nn.Module) -> None:
     for name, tensor in network.named_parameters():
         if tensor.is_meta:
             raise FoldError(f"{name!r} is on the meta device, without values to fold. Load the weights first.")
+
+
+class _Decisions:
+    """Decide on one layer after the other, each in view of those that are folded already."""
+
+    def __init__(self, scene: Scene, picked: set[str], standalone: str) -> None:
+        self.scene = scene
+        self.steps: list[FoldStep] = []
+        self.numbers = Numbers(scene.model)
+        self._picked, self._standalone = picked, standalone
+        self._why: dict[str, Kept] = dict(scene.kept)
+        self._fixed = dict.fromkeys(scene.kept)
+        for name, norm in scene.norms.items():
+            problem = self.numbers.problem(norm)
+            if name not in picked:
+                self._why[name] = Kept("excluded", "left out by include= or exclude=")
+            elif problem is not None:
+                self._why[name] = problem
+            if name not in picked or (problem is not None and problem.reason == "nonfinite"):
+                self._fixed[name] = None
+        for name in scene.kept.keys() - picked:
+            self._why[name] = Kept("excluded", "left out by include= or exclude=")
+        reached = [norm for norm in scene.norms.values() if norm.name not in self._why and norm.calls]
+        reached.sort(key=lambda norm: min(norm.operations))
+        for norm in reached:
+            self._decide(norm, fold_backward)
+        for norm in reached:
+            if norm.name not in scene.gone:
+                self._decide(norm, fold_forward)
+        for norm in scene.norms.values():
+            if norm.name not in scene.gone:
+                self._stand_alone(norm)
+        self._by_name = {step.name: step for step in self.steps}
+
+    def _decide(self, norm: Norm, direction: Any) -> None:
+        """Fold a layer one way, or note why not beside what was noted before."""
+        mergeable = self.scene.norms.keys() - self.scene.gone - self._fixed.keys() - {norm.name}
+        step = direction(self.scene, norm, mergeable)
+        kept = step if isinstance(step, Kept) else self.numbers.apply(step)
+        if kept is None:
+            self.steps.append(step)
+            self.scene.gone.add(norm.name)
+            self._why.pop(norm.name, None)
+        else:
+            self._why[norm.name] = _both(self._why.get(norm.name), kept)
+
+    def _stand_alone(self, norm: Norm) -> None:
+        if not norm.calls:
+            self._why.setdefault(norm.name, Kept("not_reached", "no example call reaches it"))
+        if self._standalone == "affine" and norm.name not in self._fixed:
+            self.steps.append(FoldStep(norm, "affine"))
+
+    def row(self, name: str) -> FoldRow:
+        """Say what becomes of a layer."""
+        step, why = self._by_name.get(name), self._why.get(name)
+        reason, detail = (why.reason, why.detail) if why else ("", "")
+        if step is None:
+            return FoldRow(name, "kept", None, reason, detail)
+        row = FoldRow(name, step.action, step.into, reason, detail)
+        spreads = [
+            channel_spread(self.scene.model, self.numbers, target, forward=step.forward)
+            for target in step.targets
+            if target.norm is None
+        ]
+        if not spreads:
+            return row
+        before, after = max(spreads, key=lambda spread: spread[1])
+        return replace(row, spread_before=before, spread_after=after)
+
+
+def _both(backward: Kept | None, forward: Kept) -> Kept:
+    """Give both directions' reasons; the code is the first one's, unless only padding stood in the second's way."""
+    if backward is None:
+        return forward
+    code = forward.reason if forward.reason == "zero_padding" else backward.reason
+    return Kept(code, f"{backward.detail}; {forward.detail}")
 
 
 def _without_a_layer(record: ForwardRecord, known: set[str]) -> Iterator[FoldRow]:
@@ -115,5 +197,5 @@ def _without_a_layer(record: ForwardRecord, known: set[str]) -> Iterator[FoldRow
 
 
 def _kept(patterns: Iterable[str]) -> Iterable[str]:
-    # Read twice below; a bare string goes on as it is, to be refused by name.
+    # A bare string goes on as it is, to be refused by name.
     return patterns if isinstance(patterns, str) else tuple(patterns)

@@ -4,36 +4,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bn_lightning.folding.agreement import Agreement
+from bn_lightning.folding.reasons import REASONS
+from bn_lightning.folding.steps import FoldStep
 from bn_lightning.reports.table import Cell, Table
 
-__all__ = ["REASONS", "FoldPair", "FoldPlan", "FoldReport", "FoldRow"]
-
-# The codes are stable: scripts may rely on them. A row's `detail` says it with names.
-REASONS = {
-    "training": "the layer is in training mode",
-    "no_stats": "it has no running statistics",
-    "not_reached": "no example call reaches it",
-    "reused": "the layer or its producer is used in more than one way",
-    "tied": "a tensor of the pair is shared with something else",
-    "multi_user": "what it normalizes is also read by something else",
-    "escaped": "what it normalizes outlives the forward pass",
-    "opaque": "code that cannot be recorded reads a tensor of the pair",
-    "output": "the model returns what it normalizes",
-    "hook": "a hook sees values that folding would change",
-    "parametrized": "a weight is computed, not a parameter of the model",
-    "subclass": "a class whose own forward is not known to be foldable",
-    "functional": "the statistics are used by a call outside a BatchNorm layer",
-    "axis_mismatch": "it normalizes another axis than the producer's channels",
-    "nonlinear_between": "what feeds it is not a convolution or linear layer",
-    "excluded": "left out by include= or exclude=",
-    "nonfinite": "its statistics or weights are not finite",
-    "overflow": "the folded weights leave the range of their dtype",
-    "unverified": "with it folded the outputs differed",
-}
-
+__all__ = ["FoldPlan", "FoldReport", "FoldRow"]
 
 # More rows than this that stay for one reason are told by the first few and their number.
 _MANY, _FEW = 12, 3
+# Of the 127 steps of a symmetric int8 scale fewer than four are left to the smallest channel.
+_INT8_SPREAD = 32.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +23,14 @@ class FoldRow:
 
     Attributes:
         name: Qualified name of the layer.
-        action: ``folded-backward`` or ``kept``.
-        into: Qualified name of the layer it is folded into, ``None`` if it is kept.
-        reason: For a kept layer one of the stable codes in `REASONS`, else empty.
+        action: ``folded-backward``, ``folded-forward``, ``merged`` (into another BatchNorm layer), ``affine`` (a
+            `ChannelAffine` stands in its place) or ``kept``.
+        into: Qualified names of the layers it is folded into, with commas between, ``None`` if there are none.
+        reason: For a layer that is not folded one of the stable codes in `REASONS`, else empty.
         detail: The same for people, with names and numbers.
+        spread_before: Largest channel of the weight over its smallest, by max |w|, before the fold; of the channels
+            that are scaled, and of the worst weight where there are several. ``None`` if no weight is written.
+        spread_after: The same once everything is folded.
     """
 
     name: str
@@ -53,30 +38,13 @@ class FoldRow:
     into: str | None = None
     reason: str = ""
     detail: str = ""
+    spread_before: float | None = None
+    spread_after: float | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class FoldPair:
-    """A BatchNorm layer and the layer that takes it up.
-
-    Attributes:
-        batch_norm: Qualified name of the BatchNorm layer.
-        producer: Qualified name of the module that owns the weight.
-        weight: Qualified name of the weight.
-        bias: Qualified name of the bias, which is made if it is ``None`` now.
-        kind: ``conv, conv_transpose`` or ``linear``.
-        groups: Of the convolution, else 1.
-        called: Whether calling the producer returns the very value that is normalized; a module that owns the
-            weight and does more with it, like one that calls the BatchNorm layer itself, does not.
-    """
-
-    batch_norm: str
-    producer: str
-    weight: str
-    bias: str
-    kind: str
-    groups: int
-    called: bool = True
+    @property
+    def suffers_in_int8(self) -> bool:
+        """Whether one int8 scale for the whole weight leaves its smallest channel fewer than four steps."""
+        return self.spread_after is not None and self.spread_after > _INT8_SPREAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +53,20 @@ class FoldPlan:
 
     Attributes:
         rows: One a BatchNorm layer, in the model's order, then one for each functional batch norm.
+        blind_spots: What the recorded forward pass could not see, in words.
     """
 
     rows: tuple[FoldRow, ...]
-    pairs: tuple[FoldPair, ...] = field(repr=False)
+    steps: tuple[FoldStep, ...] = field(repr=False)
+    blind_spots: tuple[str, ...] = field(default=(), repr=False)
 
     def table(self) -> Table:
         """One row a BatchNorm layer; many that stay for the same reason are summed up."""
-        return _table("fold plan", self.rows, [f"to fold: {_share(self.rows)}"])
+        return _table("fold plan", self.rows, [f"to fold: {_share(self.rows)}", *_int8(self.rows)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that go into JSON."""
-        return {"rows": [asdict(row) for row in self.rows]}
+        return {"rows": [_plain(row) for row in self.rows], "blind_spots": list(self.blind_spots)}
 
     def __str__(self) -> str:
         return str(self.table())
@@ -120,6 +90,7 @@ class FoldReport:
         native_error_before: The unfolded model in its own dtype against itself in float64; ``None`` if unknown.
         native_error_after: The folded model in its own dtype against the unfolded in float64; ``None`` if unknown.
         note: What else there is to know about the verification.
+        agreement: Folded against unfolded on the batches that were given; ``None`` if none were.
     """
 
     rows: tuple[FoldRow, ...]
@@ -130,11 +101,15 @@ class FoldReport:
     native_error_before: float | None = None
     native_error_after: float | None = None
     note: str = ""
+    agreement: Agreement | None = None
 
     @property
     def summary(self) -> str:
         """One line: how many were folded, and the measured errors."""
         parts = [f"folded {_share(self.rows)}"]
+        affine = sum(row.action == "affine" for row in self.rows)
+        if affine:
+            parts.append(f"{affine} left as scale and shift")
         if self.verified_in in ("float64", self.native_dtype):
             parts.append(f"{self.verified_in} error {self.error:.1e} (allowed {self.tolerance:.1e})")
         if self.native_error_before is not None and self.native_error_after is not None:
@@ -146,11 +121,13 @@ class FoldReport:
 
     def table(self) -> Table:
         """One row a BatchNorm layer, the summary below; many that stay for the same reason are summed up."""
-        return _table("folded batch norms", self.rows, [self.summary, *filter(None, [self.note])])
+        agreement = [str(self.agreement)] if self.agreement else []
+        notes = [self.summary, *agreement, *_int8(self.rows), *filter(None, [self.note])]
+        return _table("folded batch norms", self.rows, notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that go into JSON."""
-        return asdict(self)
+        return {**asdict(self), "rows": [_plain(row) for row in self.rows]}
 
     def __str__(self) -> str:
         return str(self.table())
@@ -160,7 +137,24 @@ class FoldReport:
 
 
 def _share(rows: Sequence[FoldRow]) -> str:
-    return f"{sum(row.action != 'kept' for row in rows)} of {len(rows)}"
+    return f"{sum(row.action not in ('kept', 'affine') for row in rows)} of {len(rows)}"
+
+
+def _plain(row: FoldRow) -> dict[str, Any]:
+    return {**asdict(row), "suffers_in_int8": row.suffers_in_int8}
+
+
+def _int8(rows: Sequence[FoldRow]) -> list[str]:
+    """Name the layers for which one int8 scale for the whole weight is too coarse."""
+    suffering = sorted((row for row in rows if row.suffers_in_int8), key=lambda row: -(row.spread_after or 0.0))
+    if not suffering:
+        return []
+    worst = suffering[0]
+    many = "1 weight spreads" if len(suffering) == 1 else f"{len(suffering)} weights spread"
+    return [
+        f"int8: once folded {many} more than {_INT8_SPREAD:.0f}-fold over channels, most of all that of {worst.into} "
+        f"({worst.spread_before:.3g} → {worst.spread_after:.3g}); quantize per channel, not per tensor"
+    ]
 
 
 def _table(title: str, rows: Sequence[FoldRow], notes: Sequence[str]) -> Table:

@@ -1,12 +1,16 @@
-"""Write folds into a model, each with its way back."""
+"""Write folds into a model, with the way back."""
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.folding.arithmetic import folded_tensors, owned_tensor
-from bn_lightning.folding.report import FoldPair
+from bn_lightning.errors import FoldError
+from bn_lightning.folding.numbers import Numbers, owned_tensor, reference_tensor
+from bn_lightning.folding.steps import FoldStep
+from bn_lightning.layers.channel_affine import ChannelAffine
 from bn_lightning.preservation import out_of_inference_mode
 
 __all__ = ["Surgery"]
@@ -17,63 +21,123 @@ class Surgery:
 
     Every step back is noted before the step itself is taken, so that `undo` is right after an interrupt at any
     point. Weights are written in place: optimizers and wrappers hold the Parameter.
+
+    Attributes:
+        model: The network.
+        steps: What is folded at present.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._ways_back: dict[FoldPair, list[Callable[[], object]]] = {}
-        # The same one every time: a hook on it outlives `FoldResult.unfolded`.
-        self._stand_ins: dict[FoldPair, nn.Identity] = {}
+        self.steps: tuple[FoldStep, ...] = ()
+        self._way_back: list[Callable[[], object]] = []
+        # The same ones every time: a hook on one outlives `FoldResult.unfolded`.
+        self._stand_ins: dict[str, nn.Module] = {}
 
     @property
-    def pairs(self) -> tuple[FoldPair, ...]:
-        """What is folded at present."""
-        return tuple(self._ways_back)
+    def is_folded(self) -> bool:
+        """Whether anything is folded at present."""
+        return bool(self.steps)
 
-    def is_folded(self, pair: FoldPair) -> bool:
-        """Tell whether a pair is folded at present."""
-        return pair in self._ways_back
+    def fold(self, steps: Sequence[FoldStep]) -> None:
+        """Fold an unfolded model; where a layer was stands what is left of it.
 
-    def fold(self, pair: FoldPair) -> None:
-        """Fold one pair; its BatchNorm layer becomes ``torch.nn.Identity`` wherever it is registered."""
+        Raises:
+            FoldError: If the model's numbers do not allow a step, which they did when it was planned.
+        """
+        assert not self._way_back, "undo first"
         with out_of_inference_mode():
-            folded = folded_tensors(self.model, pair)
-            back = self._ways_back.setdefault(pair, [])
-            for name, value in zip((pair.weight, pair.bias), folded, strict=True):
-                self._write(name, value, back, trainable=_trainable(owned_tensor(self.model, pair.weight)))
-            bn = self.model.get_submodule(pair.batch_norm)
-            identity = self._stand_ins.setdefault(pair, nn.Identity()).train(bn.training)
-            back.append(_follower(bn, identity, self.model, pair.weight))
-            for parent in list(self.model.modules()):
-                for key, child in list(parent._modules.items()):
-                    if child is bn:
-                        back.append(_slot_restorer(parent, key, bn))
-                        parent._modules[key] = identity
-
-    def unfold(self, pair: FoldPair) -> None:
-        """Take one fold back, bit for bit."""
-        with out_of_inference_mode():
-            for step in reversed(self._ways_back.get(pair, [])):
-                step()
-        self._ways_back.pop(pair, None)
+            numbers = Numbers(self.model)
+            for step in steps:
+                kept = numbers.apply(step)
+                if kept is not None:
+                    raise FoldError(
+                        f"{step.name!r} can no longer be folded into {step.into}: {kept.detail}. Fold the model anew, "
+                        "so that it is planned with its present numbers."
+                    )
+            folded = {step.name for step in steps}
+            written = {
+                target.layer: target
+                for step in steps
+                for target in step.targets
+                if target.norm is None or target.norm.name not in folded
+            }
+            affines = {step.name: numbers.affine(step.norm) for step in steps if not step.targets}
+            self.steps = tuple(steps)
+            for target in written.values():
+                like = reference_tensor(self.model, target)
+                for name in target.tensors:
+                    self._write(name, numbers.changed[name], like)
+            for step in steps:
+                self._replace(step, affines.get(step.name))
 
     def undo(self) -> None:
         """Take every fold back, bit for bit; again is harmless."""
-        for pair in reversed(self.pairs):
-            self.unfold(pair)
+        with out_of_inference_mode():
+            while self._way_back:
+                self._way_back[-1]()
+                self._way_back.pop()
+        self.steps = ()
 
-    def _write(self, name: str, value: Tensor, back: list[Callable[[], object]], *, trainable: bool) -> None:
+    def stand_in(self, name: str) -> nn.Module:
+        """Return what stands where a layer was."""
+        return self._stand_ins[name]
+
+    def _write(self, name: str, value: Tensor, like: Tensor) -> None:
         owner, _, key = name.rpartition(".")
         module, tensor = self.model.get_submodule(owner), owned_tensor(self.model, name)
-        back.append(_tensor_restorer(module, key, tensor))
+        self._way_back.append(_tensor_restorer(module, key, tensor))
+        value = value.to(like.device, like.dtype)
         if tensor is None:
-            setattr(module, key, nn.Parameter(value, requires_grad=trainable))
+            setattr(module, key, nn.Parameter(value, requires_grad=like.requires_grad))
         else:
             tensor.data.copy_(value)
 
+    def _replace(self, step: FoldStep, affine: tuple[Tensor, Tensor] | None) -> None:
+        layer = self.model.get_submodule(step.name)
+        stand_in = self._stand_ins.get(step.name)
+        if stand_in is None:
+            stand_in = self._stand_ins[step.name] = _stand_in(layer, step.norm.tail, affine)
+        stand_in.training = layer.training
+        if affine is None:
+            like = partial(reference_tensor, self.model, step.targets[0])
+        else:
+            scale_and_shift = _scale_and_shift(stand_in)
+            _set_affine(scale_and_shift, layer, affine)
+            like = partial(getattr, scale_and_shift, "scale")
+        self._way_back.append(_follower(layer, stand_in, like))
+        for parent in list(self.model.modules()):
+            for key, child in list(parent._modules.items()):
+                if child is layer:
+                    self._way_back.append(partial(parent._modules.__setitem__, key, layer))
+                    parent._modules[key] = stand_in
 
-def _trainable(weight: Tensor | None) -> bool:
-    return weight is not None and weight.requires_grad
+
+def _stand_in(layer: nn.Module, tail: Sequence[str], affine: tuple[Tensor, Tensor] | None) -> nn.Module:
+    """Make what stays where a layer was: nothing, or the children that run behind it, or scale and shift."""
+    children = [(key, layer.get_submodule(key)) for key in tail]
+    scale_and_shift = None if affine is None else ChannelAffine(len(affine[0]))
+    if not children:
+        return nn.Identity() if scale_and_shift is None else scale_and_shift
+    own: list[tuple[str, nn.Module]] = [] if scale_and_shift is None else [("affine", scale_and_shift)]
+    return nn.Sequential(OrderedDict([*own, *children]))
+
+
+def _scale_and_shift(stand_in: nn.Module) -> ChannelAffine:
+    found = stand_in if isinstance(stand_in, ChannelAffine) else stand_in.get_submodule("affine")
+    assert isinstance(found, ChannelAffine)
+    return found
+
+
+def _set_affine(scale_and_shift: ChannelAffine, layer: nn.Module, affine: tuple[Tensor, Tensor]) -> None:
+    # A layer whose statistics are float32 among half-precision ones computes in float32, and so does this.
+    like = next(tensor for tensor in (*layer.parameters(), *layer.buffers()) if tensor.is_floating_point())
+    trainable = any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+    scale_and_shift.training = layer.training
+    for key, value in zip(("scale", "shift"), affine, strict=True):
+        held = getattr(scale_and_shift, key)
+        held.data = value.to(like.device, like.dtype)
+        held.requires_grad_(trainable)
 
 
 def _tensor_restorer(module: nn.Module, key: str, tensor: Tensor | None) -> Callable[[], object]:
@@ -87,23 +151,16 @@ def _tensor_restorer(module: nn.Module, key: str, tensor: Tensor | None) -> Call
     return restore
 
 
-def _follower(bn: nn.Module, identity: nn.Module, model: nn.Module, weight: str) -> Callable[[], object]:
+def _follower(layer: nn.Module, stand_in: nn.Module, like: Callable[[], Tensor]) -> Callable[[], object]:
     """Make the layer follow what happened to the model meanwhile: ``.train()``, ``.to()``, ``.half()``."""
-    before = owned_tensor(model, weight)
-    assert before is not None
-    device, dtype = before.device, before.dtype
+    device, dtype = like().device, like().dtype
 
     def follow() -> None:
-        bn.training = identity.training
-        now = owned_tensor(model, weight)
-        assert now is not None
+        layer.training = stand_in.training
+        now = like()
         if now.device != device:
-            bn.to(now.device)
+            layer.to(now.device)
         if now.dtype != dtype:
-            bn.to(now.dtype)
+            layer.to(now.dtype)
 
     return follow
-
-
-def _slot_restorer(parent: nn.Module, key: str, child: nn.Module) -> Callable[[], object]:
-    return lambda: parent._modules.__setitem__(key, child)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bn_lightning.folding.arithmetic import exact
+from bn_lightning.folding.numbers import exact
 from bn_lightning.preservation import preserved
 from bn_lightning.tracing.calls import ExampleCall
 from bn_lightning.tracing.nested import iter_tensors

@@ -53,6 +53,10 @@ class AdaptiveBatchNorm(BatchNormVariant):
             )
         self.alpha = alpha
 
+    def fixed_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+        """Return what it normalizes by if the batch has no weight (``alpha=0``)."""
+        return super().fixed_tensors() if self.alpha == 0 else None
+
     def normalize_batch(self, x: Tensor) -> Tensor:
         """Normalize as plain BN does."""
         return self.plain_step(x)

@@ -120,6 +120,15 @@ class BatchNormVariant(_BatchNorm):
         """Say why the running statistics in use are not mean and variance of all the layer is given, if so."""
         return None
 
+    def fixed_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+        """Return the mean, variance, weight and bias it normalizes by now; ``None`` if that depends on the batch.
+
+        Folding and export go by them: the layer is then ``(x - mean) / sqrt(var + eps) * weight + bias``.
+        """
+        if self.training or self.running_mean is None or self.running_var is None:
+            return None
+        return self.running_mean, self.running_var, self.weight, self.bias
+
     @classmethod
     def option_names(cls) -> list[str]:
         """List the names of the variant's own settings."""

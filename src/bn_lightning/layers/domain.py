@@ -124,6 +124,11 @@ class DomainBatchNorm(BatchNormVariant):
         weight, bias = (getattr(self, f"other_{name}_{domain}", None) for name in ("weight", "bias"))
         return DomainTensors(mean, var, count, weight, bias)
 
+    def fixed_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+        """Return what the domain at hand normalizes by."""
+        mean, var, _, weight, bias = self.tensors(self.domain)
+        return None if self.training or mean is None or var is None else (mean, var, weight, bias)
+
     def adopt_statistics(self) -> str | None:
         """Say that there are parameters which an optimizer made before does not have."""
         new = len(_others(self._parameters))

@@ -59,6 +59,12 @@ class FrozenBatchNorm(BatchNormVariant):
                 parameter.requires_grad_(trainable)
         self.trainable = trainable
 
+    def fixed_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+        """Return what it normalizes by, in either mode."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        return self.running_mean, self.running_var, self.weight, self.bias
+
     def reset_running_stats(self) -> None:
         """Do nothing once the layer is made: ``torch.optim.swa_utils.update_bn`` would leave mean 0 and variance 1."""
         if "trainable" not in self.__dict__:

@@ -1,13 +1,14 @@
 """One recorded forward pass: who made each value and who reads it."""
 
 from bn_lightning.tracing.calls import ExampleCall, example_calls
-from bn_lightning.tracing.record import ForwardRecord, LayerUse, Operation, Value
+from bn_lightning.tracing.record import ForwardRecord, LayerUse, ModuleCall, Operation, Value
 from bn_lightning.tracing.recorder import record_forward
 
 __all__ = [
     "ExampleCall",
     "ForwardRecord",
     "LayerUse",
+    "ModuleCall",
     "Operation",
     "Value",
     "example_calls",

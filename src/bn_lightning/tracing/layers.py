@@ -6,7 +6,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["TENSOR_ROLES", "function_name", "layer_arguments", "reads_metadata", "reads_shape_of_second"]
+__all__ = [
+    "TENSOR_ROLES",
+    "function_name",
+    "layer_arguments",
+    "reads_metadata",
+    "reads_padding",
+    "reads_shape_of_second",
+]
 
 TENSOR_ROLES = ("weight", "bias", "running_mean", "running_var")
 
@@ -28,6 +35,10 @@ _LAYERS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
         "batch_norm",
         ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
     ),
+}
+# Older torch calls them all "fn".
+_NAMES = {
+    id(getattr(F, name)): name for name in (f"{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3))
 }
 # What tells nothing of a tensor's elements; properties arrive as their getter.
 # fmt: off
@@ -53,7 +64,7 @@ def function_name(function: Callable[..., Any]) -> str:
         >>> [function_name(each) for each in (torch.conv2d, torch.Tensor.__add__, torch.Tensor.shape.__get__)]
         ['conv2d', 'add', 'shape']
     """
-    name = str(getattr(function, "__name__", type(function).__name__))
+    name = _NAMES.get(id(function)) or str(getattr(function, "__name__", type(function).__name__))
     if name in ("__get__", "__set__"):
         return str(getattr(getattr(function, "__self__", None), "__name__", name))
     return name.strip("_") if name.startswith("__") else name
@@ -72,6 +83,35 @@ def layer_arguments(
     except (KeyError, TypeError):
         return None
     return kind, {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def reads_padding(kind: str, given: Mapping[str, Any]) -> bool:
+    """Tell whether some output of a convolution takes in zeros from beyond its input, instead of a value there.
+
+    A transposed convolution does at its edges and in the gaps of its stride, unless its size and stride are 1.
+
+    Example:
+        >>> weight = torch.zeros(2, 3, 3, 3)
+        >>> [reads_padding("conv", {"weight": weight, "padding": padding}) for padding in (0, (0, 1), "same", "valid")]
+        [False, True, True, False]
+    """
+    padding, weight = given.get("padding", 0), given.get("weight")
+    if kind == "conv" and padding == "same":
+        return weight is None or any(size > 1 for size in weight.shape[2:])
+    padded = padding != "valid" and _any(padding, lambda size: size > 0)
+    if kind != "conv_transpose":
+        return padded
+    larger = weight is None or any(size > 1 for size in weight.shape[2:])
+    return (
+        padded
+        or larger
+        or _any(given.get("stride", 1), lambda size: size > 1)
+        or _any(given.get("output_padding", 0), lambda size: size > 0)
+    )
+
+
+def _any(sizes: Any, holds: Callable[[int], bool]) -> bool:
+    return any(holds(int(size)) for size in (sizes if isinstance(sizes, tuple | list) else (sizes,)))
 
 
 def reads_metadata(function: Callable[..., Any]) -> bool:

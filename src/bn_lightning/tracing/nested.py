@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-__all__ = ["iter_tensors", "map_tensors"]
+__all__ = ["iter_leaves", "iter_tensors", "map_leaves", "map_tensors"]
+
+_Leaf = TypeVar("_Leaf")
 
 
 def iter_tensors(tree: Any) -> Iterator[Tensor]:
@@ -17,17 +19,22 @@ def iter_tensors(tree: Any) -> Iterator[Tensor]:
         >>> [tensor.shape[0] for tensor in iter_tensors({"a": torch.ones(1), "b": (torch.ones(2), 3)})]
         [1, 2]
     """
-    if isinstance(tree, Tensor):
+    return iter_leaves(tree, Tensor)
+
+
+def iter_leaves(tree: Any, kind: type[_Leaf]) -> Iterator[_Leaf]:
+    """Yield every object of one kind in nested tuples, lists, sets, mappings, slices and dataclasses, in order."""
+    if isinstance(tree, kind):
         yield tree
     elif isinstance(tree, Mapping):
-        yield from iter_tensors(tuple(tree.values()))
+        yield from iter_leaves(tuple(tree.values()), kind)
     elif isinstance(tree, tuple | list | set | frozenset):
         for branch in tree:
-            yield from iter_tensors(branch)
+            yield from iter_leaves(branch, kind)
     elif isinstance(tree, slice):
-        yield from iter_tensors((tree.start, tree.stop, tree.step))
+        yield from iter_leaves((tree.start, tree.stop, tree.step), kind)
     elif is_dataclass(tree) and not isinstance(tree, type):
-        yield from iter_tensors(tuple(getattr(tree, field.name) for field in fields(tree)))
+        yield from iter_leaves(tuple(getattr(tree, field.name) for field in fields(tree)), kind)
 
 
 def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -38,13 +45,18 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
         >>> map_tensors((torch.ones(2), [torch.zeros(1), "x"]), lambda tensor: tensor.sum().item())
         (2.0, [0.0, 'x'])
     """
-    if isinstance(tree, Tensor):
+    return map_leaves(tree, Tensor, change)
+
+
+def map_leaves(tree: Any, kind: type[_Leaf], change: Callable[[_Leaf], Any]) -> Any:
+    """Rebuild nested tuples, lists and dicts with every object of one kind changed."""
+    if isinstance(tree, kind):
         return change(tree)
     if isinstance(tree, tuple):
-        branches = [map_tensors(branch, change) for branch in tree]
+        branches = [map_leaves(branch, kind, change) for branch in tree]
         return type(tree)(*branches) if hasattr(tree, "_fields") else tuple(branches)
     if isinstance(tree, list):
-        return [map_tensors(branch, change) for branch in tree]
+        return [map_leaves(branch, kind, change) for branch in tree]
     if isinstance(tree, Mapping):
-        return {key: map_tensors(branch, change) for key, branch in tree.items()}
+        return {key: map_leaves(branch, kind, change) for key, branch in tree.items()}
     return tree

@@ -1,13 +1,15 @@
 """What a recorded forward pass tells, as plain values."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 
 from bn_lightning.reports.table import Cell, Table
+from bn_lightning.tracing.passing import Passing
 
-__all__ = ["ForwardRecord", "LayerUse", "Operation", "Value"]
+__all__ = ["ForwardRecord", "LayerUse", "ModuleCall", "Operation", "Value"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class LayerUse:
         groups: Of a convolution, else 1.
         training: Of a batch norm: whether it normalized by the batch's own statistics.
         eps: Of a batch norm, else 0.
+        reads_padding: Of a convolution: whether some output takes in zeros from beyond its input.
     """
 
     input: int | None
@@ -55,6 +58,7 @@ class LayerUse:
     groups: int = 1
     training: bool = False
     eps: float = 0.0
+    reads_padding: bool = False
 
     def owners(self, role: str) -> tuple[str, ...]:
         """Name the modules that own the tensor in this role, the root module being ``""``."""
@@ -74,6 +78,7 @@ class Operation:
         inputs: Values it reads.
         outputs: Values it makes.
         layer: For every kind but ``other``.
+        passing: For a function that passes channels on (moves, averages or adds values), how to repeat it.
     """
 
     index: int
@@ -84,9 +89,33 @@ class Operation:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     layer: LayerUse | None = None
+    passing: Passing | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return f"{self.function} in {self.module!r}" if self.module else self.function
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCall:
+    """One call of a module.
+
+    Attributes:
+        module: Qualified name of the module.
+        call: Which of the example calls it belongs to.
+        first: Index of the first operation since it began.
+        end: Index after the last operation before it returned.
+        inputs: Values among its positional arguments.
+        outputs: Values it returned.
+        parent: Place in `ForwardRecord.module_calls` of the call it was made from, ``None`` for the outermost.
+    """
+
+    module: str
+    call: int
+    first: int
+    end: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    parent: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +127,14 @@ class ForwardRecord:
         values: Every tensor that the operations made or read, parameters and buffers apart.
         tensor_reads: Qualified parameter or buffer name to the indices of the operations that read it.
         unseen_tensors: Names of parameters and buffers read behind the recorder's back, to the kernels that did.
+        module_calls: In the order in which they began.
     """
 
     operations: tuple[Operation, ...]
     values: tuple[Value, ...]
     tensor_reads: Mapping[str, tuple[int, ...]] = field(repr=False)
     unseen_tensors: Mapping[str, tuple[str, ...]] = field(repr=False)
+    module_calls: tuple[ModuleCall, ...] = field(default=(), repr=False)
 
     def producer(self, value: int) -> Operation | None:
         """Return the operation that made a value, ``None`` for one that came from elsewhere."""
@@ -122,13 +153,19 @@ class ForwardRecord:
         """Return the operations of one kind, in execution order."""
         return tuple(operation for operation in self.operations if operation.kind == kind)
 
+    @property
+    def blind_spots(self) -> tuple[str, ...]:
+        """What could not be seen, in words: one sentence each, none if everything was."""
+        return tuple(_blind_spots(self))
+
     def table(self) -> Table:
-        """One row an operation."""
+        """One row an operation; below them what could not be seen."""
         calls = 1 + max((operation.call for operation in self.operations), default=0)
         return Table(
             f"{len(self.operations)} operations in {calls} forward {'pass' if calls == 1 else 'passes'}",
             ("#", "function", "module", "reads", "makes", "shape", "fate"),
             [self._row(operation) for operation in self.operations],
+            notes=self.blind_spots,
         )
 
     def __str__(self) -> str:
@@ -153,3 +190,38 @@ class ForwardRecord:
             " ".join("×".join(map(str, value.shape)) or "scalar" for value in made) or None,
             ", ".join(mark for mark, applies in marks.items() if applies) or None,
         ]
+
+
+def _blind_spots(record: ForwardRecord) -> Iterator[str]:
+    for name, kernels in record.unseen_tensors.items():
+        yield f"{name!r} is read by {kernels[0]} in code that cannot be recorded (TorchScript, C++, torch.vmap)."
+    for value in record.values:
+        made_by = (
+            "a value from elsewhere" if value.producer is None else f"the output of {record.producer(value.index)}"
+        )
+        if value.unseen:
+            yield f"v{value.index}, {made_by}, is read by {value.unseen[0]} in code that cannot be recorded."
+        if value.escaped:
+            yield f"v{value.index}, {made_by}, is kept somewhere after the forward pass."
+    for operation in record.operations:
+        roles = () if operation.layer is None else operation.layer.tensors.items()
+        computed = [role for role, names in roles if names == ()]
+        if computed:
+            yield f"{operation} is given a {computed[0]} that is computed or lent, none of the model's own."
+    yield from _divergences(record)
+
+
+def _divergences(record: ForwardRecord) -> Iterator[str]:
+    """Tell where an example call takes another way through the model than the first one."""
+    calls: dict[int, list[Operation]] = {}
+    for operation in record.operations:
+        calls.setdefault(operation.call, []).append(operation)
+    first = calls.pop(0, [])
+    for number, operations in calls.items():
+        for ours, theirs in zip_longest(first, operations):
+            if ours is None or theirs is None or (ours.function, ours.module) != (theirs.function, theirs.module):
+                yield (
+                    f"Control flow differs between example calls: where the first runs {ours or 'nothing more'}, call "
+                    f"{number + 1} runs {theirs or 'nothing more'}."
+                )
+                break

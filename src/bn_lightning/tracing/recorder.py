@@ -28,10 +28,12 @@ from bn_lightning.tracing.layers import (
     function_name,
     layer_arguments,
     reads_metadata,
+    reads_padding,
     reads_shape_of_second,
 )
-from bn_lightning.tracing.nested import iter_tensors
-from bn_lightning.tracing.record import ForwardRecord, LayerUse, Operation, Value
+from bn_lightning.tracing.nested import iter_tensors, map_tensors
+from bn_lightning.tracing.passing import Passing, ValueRef, passing_kind
+from bn_lightning.tracing.record import ForwardRecord, LayerUse, ModuleCall, Operation, Value
 
 __all__ = ["record_forward"]
 
@@ -91,6 +93,19 @@ class _OpenValue:
     unseen: list[str] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _OpenCall:
+    """A module call that has not returned yet."""
+
+    module: str
+    call: int
+    first: int
+    inputs: tuple[int, ...]
+    parent: int | None
+    end: int = -1
+    outputs: tuple[int, ...] = ()
+
+
 class _Recorder:
     """The state both modes write to."""
 
@@ -110,7 +125,8 @@ class _Recorder:
                 if tensor is not None:
                     self._owned_tensors.append(tensor)
                     self._owned.setdefault(id(tensor), []).append(f"{name}.{key}" if name else key)
-        self._module_stack: list[str] = []
+        self._module_calls: list[_OpenCall] = []
+        self._module_stack: list[int] = []
         # id → (the tensor, version → value). An entry goes when its tensor dies: an id is never mistaken.
         self._alive: dict[int, tuple[weakref.ref[Tensor], dict[int, int]]] = {}
         self._given: frozenset[int] = frozenset()
@@ -154,6 +170,9 @@ class _Recorder:
             values,
             {name: tuple(readers) for name, readers in self.tensor_reads.items()},
             {name: tuple(kernels) for name, kernels in self.unseen_tensors.items()},
+            tuple(
+                ModuleCall(c.module, c.call, c.first, c.end, c.inputs, c.outputs, c.parent) for c in self._module_calls
+            ),
         )
 
     def run_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -166,6 +185,7 @@ class _Recorder:
         owned = list(dict.fromkeys(name for tensor in read for name in self._owned.get(id(tensor), ())))
         inputs = list(dict.fromkeys(self._value_or_new(tensor) for tensor in read if id(tensor) not in self._owned))
         layer = self._layer_use(function, args, kwargs)
+        passing = self._passing(function, args, kwargs)
         outer, self._given = self._given, frozenset(id(tensor) for tensor in given)
         try:
             result = function(*args, **kwargs)
@@ -186,10 +206,11 @@ class _Recorder:
                 call=self.call,
                 kind=layer[0] if layer else "other",
                 function=function_name(function),
-                module=self._module_stack[-1] if self._module_stack else "",
+                module=self._module_calls[self._module_stack[-1]].module if self._module_stack else "",
                 inputs=tuple(inputs),
                 outputs=outputs,
                 layer=layer[1] if layer else None,
+                passing=passing,
             )
         )
         for value in inputs:
@@ -200,14 +221,11 @@ class _Recorder:
 
     def run_kernel(self, kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # From scripted code the upper mode is on, and would take the kernel itself for a torch function.
-        outer, self._muted = self._muted, True
-        try:
+        with self._muting():
             for tensor in iter_tensors((args, kwargs)):
                 if id(tensor) not in self._given:
                     self._note_unseen(tensor, str(kernel))
             return kernel(*args, **kwargs)
-        finally:
-            self._muted = outer
 
     def _note_unseen(self, tensor: Tensor, kernel: str) -> None:
         for name in self._owned.get(id(tensor), ()):
@@ -235,7 +253,22 @@ class _Recorder:
             groups=int(given.get("groups", 1)),
             training=bool(given.get("training", False)),
             eps=float(given.get("eps", 1e-5)) if kind == "batch_norm" else 0.0,
+            reads_padding=kind.startswith("conv") and reads_padding(kind, given),
         )
+
+    def _passing(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Passing | None:
+        """Keep what it takes to repeat a call, unless it depends on anything but the places of values."""
+        kind = passing_kind(function)
+        if kind is None or kwargs.get("return_indices"):
+            return None
+        given = list(iter_tensors((args, kwargs)))
+        if not given or any(id(tensor) in self._owned or not tensor.is_floating_point() for tensor in given):
+            return None
+
+        def refer(tensor: Tensor) -> ValueRef:
+            return ValueRef(self._value_or_new(tensor))
+
+        return Passing(kind, function, map_tensors(args, refer), map_tensors(kwargs, refer))
 
     def _value_of(self, tensor: Tensor) -> int | None:
         entry = self._alive.get(id(tensor))
@@ -260,11 +293,27 @@ class _Recorder:
         return [index for index in found if index is not None and self.values[index].producer is not None]
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
-        self._module_stack.append(self._module_names.get(id(module), type(module).__name__))
+        name = self._module_names.get(id(module), type(module).__name__)
+        with self._muting():  # looking at a tensor's version is a torch function, too
+            inputs = [self._value_or_new(tensor) for tensor in iter_tensors(args) if id(tensor) not in self._owned]
+        parent = self._module_stack[-1] if self._module_stack else None
+        self._module_stack.append(len(self._module_calls))
+        self._module_calls.append(_OpenCall(name, self.call, len(self.operations), tuple(inputs), parent))
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._module_stack:
-            self._module_stack.pop()
+            left = self._module_calls[self._module_stack.pop()]
+            with self._muting():
+                made = [self._value_of(tensor) for tensor in iter_tensors(output)]
+            left.end, left.outputs = len(self.operations), tuple(index for index in made if index is not None)
+
+    @contextmanager
+    def _muting(self) -> Iterator[None]:
+        outer, self._muted = self._muted, True
+        try:
+            yield
+        finally:
+            self._muted = outer
 
 
 class _Functions(TorchFunctionMode):
