@@ -29,7 +29,7 @@ def fold_backward(scene: Scene, norm: Norm, mergeable: set[str]) -> FoldStep | K
         norm: The layer.
         mergeable: Names of BatchNorm layers that may take up another's work.
     """
-    cone = Cone(scene.record, scene.bypasses())
+    cone = Cone(scene.record, scene.bypasses(), scene.normalized())
     for call in norm.calls:
         cone.climb(call.input)
     found = _makers(scene, norm, cone, mergeable)

@@ -181,6 +181,10 @@ def fold_batch_norm(
             result = FoldResult(network, report, surgery)
             if batches is not None:
                 result = replace(result, report=_with_agreement(result, batches, max_batches))
+            steps = surgery.steps
+            surgery.undo()
+        # Outside, where buffers stay as they are written: a frozen layer's weight may be one.
+        surgery.fold(steps)
     except BaseException:
         surgery.undo()
         raise

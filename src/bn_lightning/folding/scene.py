@@ -58,6 +58,10 @@ class Scene:
         """Return the calls of layers that are folded already."""
         return [call for name in self.gone for call in self.norms[name].calls]
 
+    def normalized(self) -> set[int]:
+        """Return the values that layers which are still there make."""
+        return {value for value, norm in self._makers.items() if norm.name not in self.gone}
+
     def norm_that_made(self, value: int) -> Norm | None:
         """Return the layer whose normalized output a value is."""
         return self._makers.get(value)

@@ -33,6 +33,7 @@ class Cone:
     Args:
         record: The recorded forward pass.
         bypasses: Calls that are looked through, as if they were not there.
+        makers: Values at which climbing ends, even if the operation that made them passes channels on.
 
     Attributes:
         values: All values in it.
@@ -43,8 +44,9 @@ class Cone:
         terms: For each value the tags that `carry` found.
     """
 
-    def __init__(self, record: ForwardRecord, bypasses: Iterable[Bypass] = ()) -> None:
+    def __init__(self, record: ForwardRecord, bypasses: Iterable[Bypass] = (), makers: Iterable[int] = ()) -> None:
         self.record = record
+        self._makers = frozenset(makers)
         self._links = {each.output: each.input for each in bypasses}
         self._behind = {(each.input, index): each.output for each in bypasses for index in each.operations}
         self.values: set[int] = set()
@@ -66,7 +68,7 @@ class Cone:
             if index in self._links:
                 self.linked.add(index)
                 waiting.append(self._links[index])
-            elif maker is None or maker.passing is None:
+            elif maker is None or maker.passing is None or index in self._makers:
                 self.sources.append(index)
             else:
                 self.operations[maker.index] = maker
