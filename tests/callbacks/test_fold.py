@@ -177,6 +177,74 @@ def test_a_checkpoint_saved_in_the_stage_is_unfolded(module, tmp_path):
         assert_same(saved, before)
 
 
+def test_a_checkpoint_holds_the_folded_network_if_asked(module, tmp_path):
+    saver = SaveInTheMiddle(tmp_path)
+    trainer(FoldBatchNorm(save_folded=True), saver).test(module, loader(), verbose=False)
+    for weights_only in (False, True):
+        saved = torch.load(tmp_path / f"{weights_only}.ckpt", weights_only=False)["state_dict"]
+        assert torch.equal(saved["net.0.weight"], saver.weights)
+        assert "net.1.running_mean" not in saved
+        assert "net.0.bias" in saved
+
+
+class Wide(Classifier):
+    """A forward fold, a fold through a concatenation, and a BatchNorm that nothing takes up."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[1] = nn.BatchNorm2d(8)
+        self.a, self.b, self.both = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(4)
+        self.ahead, self.next, self.alone = nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.both(torch.cat([self.a(x), self.b(x)], 1)).relu()
+        return self.net(self.alone(self.next(self.ahead(x)).tanh()).sigmoid())
+
+
+def test_every_kind_of_fold_serves_a_stage_and_comes_back():
+    torch.manual_seed(0)
+    module = Wide()
+    before = bits(module)
+    trainer().test(module, loader(), verbose=False)
+    expected, module.outputs = module.outputs, []
+    callback = FoldBatchNorm(standalone="affine")
+    trainer(callback).test(module, loader(), verbose=False)
+    assert {row.name: row.action for row in callback.report.rows} == {
+        "net.1": "folded-backward",
+        "both": "folded-backward",
+        "ahead": "folded-forward",
+        "alone": "affine",
+    }
+    said = "Watched in this stage by the order of their calls only: 'both' (it is folded into several layers), 'ahead'"
+    assert said in str(callback.report)
+    for found, reference in zip(module.outputs, expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-5)
+    assert_same(bits(module), before)
+    trainer(callback).fit(module, loader(), loader())
+
+
+@pytest.mark.parametrize(
+    "use", [lambda module, x: module.a(x), lambda module, x: module.next(x[:, :1].repeat(1, 4, 1, 1))]
+)
+def test_a_step_that_uses_a_layer_of_a_wide_fold_is_refused(use):
+    class Using(Wide):
+        def test_step(self, batch, batch_idx):
+            super().step(batch, batch_idx)
+            self.hidden = use(self, batch[0]).sum()
+
+    torch.manual_seed(0)
+    module = Using()
+    before = bits(module)
+    with pytest.raises(FoldError, match=r"were called in this order, but '(both|ahead)' is folded into"):
+        trainer(FoldBatchNorm()).test(module, loader(), verbose=False)
+    assert_same(bits(module), before)
+
+
+def test_an_unknown_fate_is_refused_at_once():
+    with pytest.raises(FoldError, match="'keep' or 'affine', got 'drop'"):
+        FoldBatchNorm(standalone="drop")
+
+
 @pytest.mark.parametrize("kind", ["pair", "tensor"])
 def test_batches_whose_input_is_known(module, kind):
     trainer(FoldBatchNorm()).test(module, loader(kind), verbose=False)

@@ -184,8 +184,6 @@ class Pair(nn.Conv2d):
 def test_what_cannot_be_watched_is_named_and_runs(randomize, images):
     inner = nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
     for net, name, why in [
-        (OwnsItsNorm(), "norm", "the root module does more than that layer"),
-        (nn.Sequential(OwnsItsNorm()), "0.norm", "'0' does more than that layer"),
         (Net(lambda net, x: net.bn(net.conv(x)[0]), conv=Pair(6, 4, 3)), "bn", "'conv' returns a tuple"),
         (nn.Sequential(torch.compile(inner, backend="eager")), "0._orig_mod.1", "torch.compile runs it"),
     ]:
@@ -197,6 +195,60 @@ def test_what_cannot_be_watched_is_named_and_runs(randomize, images):
             guard.check()
         assert guard.unwatched == {name: why}
         guard.close()
+
+
+def folded_forward(net, x):
+    return net.conv(net.bn(x[:, :4].relu())).sum()
+
+
+def concatenated(net, x):
+    return net.bn(torch.cat([net.conv(x), net.other(x)], 1)).relu()
+
+
+def pooled(net, x):
+    return net.bn(F.avg_pool2d(net.conv(x), 2)).relu()
+
+
+ROUNDABOUT = {
+    "forward": (folded_forward, nn.Conv2d(4, 4, 3), 4, "it is folded forward"),
+    "several": (concatenated, None, 8, "it is folded into several layers"),
+    "through": (pooled, None, 4, "it is folded through avg_pool2d"),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDABOUT)
+def test_other_folds_are_watched_by_the_order_of_their_calls(guarded, images, case):
+    body, conv, width, why = ROUNDABOUT[case]
+    net = Net(body, conv)
+    net.bn = nn.BatchNorm2d(width)
+    guard = guarded(net)
+    assert guard.by_order == {"bn": why}
+    assert guard.unwatched == {}
+    for calls in (0, 1, 3):  # as often as you like
+        for _ in range(calls):
+            net(images)
+        guard.check()
+    net(images)
+    net.conv(images[:, : net.conv.in_channels])
+    with pytest.raises(FoldError, match=r"were called in this order, but 'bn' is folded into .*exclude=\['bn'\]"):
+        guard.check()
+    guard.check()
+    guard.close()
+    net.conv(images[:, : net.conv.in_channels])
+    guard.check()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["root", "child"])
+def test_a_layer_that_normalizes_inside_its_own_forward(randomize, images, nested):
+    net = nn.Sequential(OwnsItsNorm()) if nested else OwnsItsNorm()
+    result = fold_batch_norm(randomize(net), images)
+    guard = result.guarded()
+    (why,) = guard.by_order.values()
+    assert why == ("'0' does more than that layer" if nested else "the root module does more than that layer")
+    net(images)
+    guard.check()
+    guard.close()
 
 
 def test_a_convolution_compiled_alone_gives_no_false_alarm(randomize, images):

@@ -281,3 +281,60 @@ def test_recording_imports_no_compiler():
 def test_what_is_no_module_is_refused():
     with pytest.raises(BatchNormError, match=r"expected a torch\.nn\.Module.*Tensor"):
         record_forward(torch.ones(2, 2), nn.BatchNorm1d(2))
+
+
+def scripted_reader(net, y):
+    return net.bn(y) + SCRIPTED(y)
+
+
+def lent_weights(net, y):
+    weights = {name: 2 * value for name, value in net.conv.named_parameters()}
+    return net.bn(y) + torch.func.functional_call(net.conv, weights, (y[:, :3],)).mean()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        pytest.param(scripted_reader, "the output of conv2d in 'conv', is read by aten.relu", id="torchscript"),
+        pytest.param(keep, "the output of conv2d in 'conv', is kept somewhere", id="escapes"),
+        pytest.param(
+            lent_weights, "conv2d in 'conv' is given a weight that is computed or lent", id="functional-weights"
+        ),
+    ],
+)
+def test_what_could_not_be_seen_is_said(body, words):
+    record, _ = conv_output(body)
+    assert any(words in spot for spot in record.blind_spots), record.blind_spots
+    assert record.blind_spots[0] in str(record)
+
+
+def test_nothing_is_said_where_everything_was_seen():
+    record, _ = conv_output(lambda net, y: net.bn(y))
+    assert record.blind_spots == ()
+
+
+def test_control_flow_that_differs_between_calls_is_said():
+    net = Net(lambda net, y: net.bn(y) if len(y) > 1 else net.bn(y.relu())).eval()
+    many, one = torch.randn(2, 3, 6, 6), torch.randn(1, 3, 6, 6)
+    assert record_forward(net, [many, many]).blind_spots == ()
+    (spot,) = record_forward(net, [many, one]).blind_spots
+    assert spot == (
+        "Control flow differs between example calls: where the first runs batch_norm in 'bn', call 2 runs relu."
+    )
+
+
+def test_module_calls_tell_who_called_whom_with_what():
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.ReLU(inplace=True)).eval()
+    record = record_forward(net, torch.randn(1, 3, 5, 5))
+    calls = record.module_calls
+    assert [(call.module, call.parent, call.first, call.end) for call in calls] == [
+        ("", None, 0, 3),
+        ("0", 0, 0, 2),
+        ("0.0", 1, 0, 1),
+        ("0.1", 1, 1, 2),
+        ("1", 0, 2, 3),
+    ]
+    conv, norm, relu = record.operations
+    assert (calls[2].inputs, calls[2].outputs) == (conv.inputs, conv.outputs)
+    assert calls[1].outputs == norm.outputs == calls[4].inputs
+    assert calls[0].outputs == relu.outputs != norm.outputs

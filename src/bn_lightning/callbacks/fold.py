@@ -14,6 +14,7 @@ from bn_lightning.callbacks.batches import input_of
 from bn_lightning.errors import FoldError
 from bn_lightning.folding.fold import FoldResult, fold_batch_norm
 from bn_lightning.folding.guard import FoldGuard
+from bn_lightning.folding.plan import require_standalone
 from bn_lightning.folding.report import FoldReport
 from bn_lightning.preservation import out_of_inference_mode
 from bn_lightning.selection import as_patterns
@@ -31,21 +32,25 @@ class FoldBatchNorm(BatchNormCallback):
     folded is printed once, on rank zero. Training, and checkpoints saved at any time, hold the unfolded network.
 
     A step may use inner layers directly, or take a branch that was not recorded. Where that touches what a folded
-    layer gives, the stage fails and names the layers, rather than go on with other numbers. Layers that
-    ``torch.compile`` runs are not watched in this way; the printed report names them.
+    layer gives, the stage fails and names the layers, rather than go on with other numbers. Folds that go forward,
+    into several layers or through other operations are watched by the order of their calls only, and layers that
+    ``torch.compile`` runs not at all; the printed report names both.
 
     Args:
         stages: Entry points to fold in: ``test``, ``predict`` and ``validate``. The validation inside ``fit`` is
             never folded.
         include: Name patterns of the BatchNorm layers to fold; ``None`` means all.
         exclude: Name patterns of layers to keep; ``None`` means none.
+        standalone: What becomes of a layer that cannot be folded: ``"keep"``, or ``"affine"`` for a `ChannelAffine`.
+        save_folded: Whether checkpoints saved during the stage hold the folded network. They then load into a network
+            folded in the same way, and not into the LightningModule as it is.
 
     Attributes:
         report: The last `FoldReport`, ``None`` before the first fold.
 
     Raises:
         FoldError: At the stage's start, if the module has no BatchNorm layer, or its ``forward`` cannot take the
-            inputs. During the stage, if a step uses a folded pair in a way that the recorded ``forward`` does not.
+            inputs. During the stage, if a step uses a folded layer in a way that the recorded ``forward`` does not.
         BatchNormError: If ``include`` or ``exclude`` is a bare string.
 
     Example:
@@ -61,6 +66,8 @@ class FoldBatchNorm(BatchNormCallback):
         stages: list[str] | tuple[str, ...] = ("test", "predict"),
         include: list[str] | None = None,
         exclude: list[str] | None = None,
+        standalone: str = "keep",
+        save_folded: bool = False,
     ) -> None:
         unknown = [stages] if isinstance(stages, str) else [stage for stage in stages if stage not in _STAGES]
         if unknown:
@@ -68,6 +75,9 @@ class FoldBatchNorm(BatchNormCallback):
         self.stages = tuple(stages)
         self.include = as_patterns(include, "include")
         self.exclude = as_patterns(exclude, "exclude")
+        require_standalone(standalone)
+        self.standalone = standalone
+        self.save_folded = save_folded
         self.report: FoldReport | None = None
         self._folded: FoldResult | None = None
         self._guard: FoldGuard | None = None
@@ -161,7 +171,9 @@ class FoldBatchNorm(BatchNormCallback):
 
     def _fold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, inputs: Any) -> None:
         try:
-            self._folded = fold_batch_norm(pl_module, inputs, include=self.include, exclude=self.exclude)
+            self._folded = fold_batch_norm(
+                pl_module, inputs, include=self.include, exclude=self.exclude, standalone=self.standalone
+            )
         except FoldError as error:
             if error.__cause__ is None:  # not forward that failed
                 raise
@@ -169,7 +181,8 @@ class FoldBatchNorm(BatchNormCallback):
                 f"{error} FoldBatchNorm records forward: define `forward` in {type(pl_module).__name__}, and if it "
                 "takes anything but the first element of a batch, set self.example_input_array in __init__."
             ) from error
-        self._state_dict_hooks = _unfold_state_dict(pl_module, self._folded)
+        if not self.save_folded:
+            self._state_dict_hooks = _unfold_state_dict(pl_module, self._folded)
         self._guard = self._folded.guarded()
         self.report = _with_unwatched(self._folded.report, self._guard)
         if trainer.is_global_zero:
@@ -202,10 +215,17 @@ class FoldBatchNorm(BatchNormCallback):
 
 
 def _with_unwatched(report: FoldReport, guard: FoldGuard) -> FoldReport:
-    unwatched = [f"{name!r} ({why})" for name, why in guard.unwatched.items()]
-    more = f" and {len(unwatched) - 3} more" if len(unwatched) > 3 else ""
-    said = f"Not watched in this stage: {', '.join(unwatched[:3])}{more}." if unwatched else ""
-    return replace(report, note=" ".join(filter(None, [report.note, said])))
+    said = [
+        _said("Not watched in this stage", guard.unwatched),
+        _said("Watched in this stage by the order of their calls only", guard.by_order),
+    ]
+    return replace(report, note=" ".join(filter(None, [report.note, *said])))
+
+
+def _said(what: str, layers: dict[str, str]) -> str:
+    named = [f"{name!r} ({why})" for name, why in layers.items()]
+    more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+    return f"{what}: {', '.join(named[:3])}{more}." if named else ""
 
 
 def _unfold_state_dict(module: nn.Module, folded: FoldResult) -> ExitStack:

@@ -58,7 +58,7 @@ def fold_backward(scene: Scene, norm: Norm, mergeable: set[str]) -> FoldStep | K
         behind=tuple(sorted({made.name for value in cone.linked if (made := scene.norm_that_made(value))})),
         positive=arrival.positive,
         unshifted=arrival.unshifted,
-        unwatched=_unwatched(norm, cone, found),
+        roundabout=_roundabout(norm, cone, found),
     )
 
 
@@ -231,7 +231,7 @@ def _exposed(scene: Scene, norm: Norm, cone: Cone, arrival: _Arrival) -> Kept | 
     return None
 
 
-def _unwatched(norm: Norm, cone: Cone, makers: dict[str, _Maker]) -> str | None:
+def _roundabout(norm: Norm, cone: Cone, makers: dict[str, _Maker]) -> str | None:
     """Say why the value may have left its maker otherwise than as what the maker's forward returns."""
     if len(makers) != 1:
         return "it is folded into several layers"

@@ -61,7 +61,7 @@ def fold_forward(scene: Scene, norm: Norm, mergeable: set[str]) -> FoldStep | Ke
         targets,
         forward=True,
         behind=tuple(sorted(passed)),
-        unwatched="it is folded forward",
+        roundabout="it is folded forward",
         unshifted=tuple(sorted(set().union(*(taker.unshifted for taker in takers.values())))),
     )
 

@@ -1,5 +1,6 @@
 """Watch folded layers at work: what a folded layer gives is for the layer that was folded into it, and nobody else."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -31,11 +32,14 @@ class FoldGuard:
     """Hooks that refuse a use of a folded layer which the example inputs did not show.
 
     A fold was verified on what the example calls reach. Code that calls the folded layer on its own, or gives the
-    BatchNorm layer something else, would silently get other numbers; here it gets a `FoldError` at that very line.
+    BatchNorm layer something else, would silently get other numbers; here it gets a `FoldError` at that very line,
+    or, where folds go forward, into several layers or through other operations, from `check`.
     The values themselves are passed on untouched, and nothing waits for a device.
 
     Attributes:
         unwatched: For each BatchNorm layer that cannot be watched, why.
+        by_order: For each one that is not watched value by value, why: that it and its targets are called in the
+            recorded order is all that `check` finds.
 
     Example:
         >>> from bn_lightning import fold_batch_norm
@@ -54,42 +58,52 @@ class FoldGuard:
         model, self._surgery = surgery.model, surgery
         compiled = {id(child) for module in model.modules() if is_compiled(module) for child in module.modules()}
         self.unwatched: dict[str, str] = {}
+        self.by_order: dict[str, str] = {}
         # Each value handed out and not yet taken in: as it was handed out, and as it was.
         self._given: dict[str, list[tuple[Any, Tensor]]] = {}
-        self._handles = []
+        self._called: dict[str, list[str]] = {}
+        self._handles: list[Any] = []
         for step in surgery.steps:
             if not step.targets:
                 continue  # a scale and shift in its place changes nothing elsewhere
-            if step.unwatched is not None:
-                self.unwatched[step.name] = step.unwatched
-                continue
-            producer, stand_in = model.get_submodule(step.targets[0].layer), surgery.stand_in(step.name)
-            if id(producer) in compiled or id(stand_in) in compiled:
+            modules = {name: model.get_submodule(name) for order in step.order for name in order}
+            if any(id(module) in compiled for module in modules.values()):
                 self.unwatched[step.name] = "torch.compile runs it"
-            else:
+            elif step.roundabout is None:
                 self._given[step.name] = []
                 self._handles += [
-                    producer.register_forward_hook(partial(self._hand_out, step)),
-                    stand_in.register_forward_pre_hook(partial(self._take_in, step), with_kwargs=True),
+                    modules[step.targets[0].layer].register_forward_hook(partial(self._hand_out, step)),
+                    modules[step.name].register_forward_pre_hook(partial(self._take_in, step), with_kwargs=True),
+                ]
+            else:
+                self.by_order[step.name], self._called[step.name] = step.roundabout, []
+                self._handles += [
+                    module.register_forward_pre_hook(partial(self._note_call, step, name))
+                    for name, module in modules.items()
                 ]
 
     def check(self) -> None:
-        """Refuse values that were made and never reached their layer; call it after each batch.
+        """Refuse values that never reached their layer, and calls in another order than recorded; for after each batch.
 
         Raises:
-            FoldError: Naming both layers.
+            FoldError: Naming the layers.
         """
         for step in self._surgery.steps:
-            given = self._given.get(step.name)
+            given, called = self._given.get(step.name), self._called.get(step.name, [])
             if given:
                 given.clear()
                 raise _refused(step, f"the output of {step.into!r} never reached {step.name!r}")
+            seen = list(called)
+            called.clear()
+            if not _repeats(seen, step.order):
+                raise _refused(step, f"{', '.join(map(repr, seen[:8]))} were called in this order")
 
     def close(self) -> None:
         """Take the hooks away; again is harmless."""
         for handle in self._handles:
             handle.remove()
         self._given.clear()
+        self._called.clear()
 
     def _hand_out(self, step: FoldStep, module: nn.Module, args: Any, output: Any) -> Any:
         if self._looks_away(step):
@@ -115,9 +129,24 @@ class FoldGuard:
                 return (output,), {}
         raise _refused(step, f"{step.name!r} is given something else than the output of {step.into!r}")
 
+    def _note_call(self, step: FoldStep, name: str, module: nn.Module, args: Any) -> None:
+        if not self._looks_away(step):
+            self._called[step.name].append(name)
+
     def _looks_away(self, step: FoldStep) -> bool:
         lent_out = not self._surgery.is_folded
         return lent_out or step.name in self.unwatched or torch.compiler.is_compiling()
+
+
+def _repeats(seen: list[str], orders: Sequence[tuple[str, ...]]) -> bool:
+    """Whether a list of calls is made of recorded ones, one behind the other."""
+    place = 0
+    while place < len(seen):
+        fitting = [order for order in orders if tuple(seen[place : place + len(order)]) == order]
+        if not fitting:
+            return False
+        place += len(max(fitting, key=len))
+    return True
 
 
 class _Reserved(Tensor):

@@ -21,7 +21,7 @@ from bn_lightning.selection import describe, unwrap
 from bn_lightning.tracing.record import ForwardRecord
 from bn_lightning.tracing.recorder import record_forward
 
-__all__ = ["plan_fold", "require_foldable"]
+__all__ = ["plan_fold", "require_foldable", "require_standalone"]
 
 _STANDALONE = ("keep", "affine")
 
@@ -69,8 +69,7 @@ def plan_fold(
     """
     network = unwrap(model)
     require_foldable(network)
-    if standalone not in _STANDALONE:
-        raise FoldError(f"standalone= is 'keep' or 'affine', got {standalone!r}.")
+    require_standalone(standalone)
     picked = named_norms(network, _kept(include), _kept(exclude))
     with out_of_inference_mode():
         record = record_forward(network, example_inputs, error=FoldError)
@@ -96,6 +95,16 @@ def require_foldable(network: nn.Module) -> None:
     for name, tensor in network.named_parameters():
         if tensor.is_meta:
             raise FoldError(f"{name!r} is on the meta device, without values to fold. Load the weights first.")
+
+
+def require_standalone(standalone: str) -> None:
+    """Refuse an unknown fate for layers that cannot be folded.
+
+    Raises:
+        FoldError: If so.
+    """
+    if standalone not in _STANDALONE:
+        raise FoldError(f"standalone= is 'keep' or 'affine', got {standalone!r}.")
 
 
 class _Decisions:
@@ -136,11 +145,20 @@ class _Decisions:
         step = direction(self.scene, norm, mergeable)
         kept = step if isinstance(step, Kept) else self.numbers.apply(step)
         if kept is None:
-            self.steps.append(step)
+            self.steps.append(replace(step, order=self._order(step)))
             self.scene.gone.add(norm.name)
             self._why.pop(norm.name, None)
         else:
             self._why[norm.name] = _both(self._why.get(norm.name), kept)
+
+    def _order(self, step: FoldStep) -> tuple[tuple[str, ...], ...]:
+        """Tell in which order a layer and its targets are called."""
+        names = {step.name, *step.behind, *(target.layer for target in step.targets)}
+        orders: dict[int, list[str]] = {}
+        for call in self.scene.record.module_calls:
+            if call.module in names:
+                orders.setdefault(call.call, []).append(call.module)
+        return tuple({tuple(order): None for order in orders.values()})
 
     def _stand_alone(self, norm: Norm) -> None:
         if not norm.calls:

@@ -51,8 +51,9 @@ class FoldStep:
         behind: Layers that have to be folded for this one to reach its targets.
         positive: Channels whose scale must not be negative, since a maximum is taken on the way.
         unshifted: Channels whose shift has to be zero, since zeros of a padding stand among their values.
-        unwatched: Why `FoldGuard` cannot watch it; ``None`` if its one target, when called, returns the very value that
-            the layer is given.
+        roundabout: Why the value may reach the layer otherwise than straight from what its one target, when called,
+            returns; ``None`` if it does not.
+        order: The order in which the layer and its targets are called, for each example call.
     """
 
     norm: Norm
@@ -62,7 +63,8 @@ class FoldStep:
     behind: tuple[str, ...] = ()
     positive: tuple[int, ...] = ()
     unshifted: tuple[int, ...] = ()
-    unwatched: str | None = None
+    roundabout: str | None = None
+    order: tuple[tuple[str, ...], ...] = ()
 
     @property
     def name(self) -> str:

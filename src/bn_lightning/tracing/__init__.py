@@ -1,6 +1,7 @@
 """One recorded forward pass: who made each value and who reads it."""
 
 from bn_lightning.tracing.calls import ExampleCall, example_calls
+from bn_lightning.tracing.channels import channel_origins
 from bn_lightning.tracing.record import ForwardRecord, LayerUse, ModuleCall, Operation, Value
 from bn_lightning.tracing.recorder import record_forward
 
@@ -11,6 +12,7 @@ __all__ = [
     "ModuleCall",
     "Operation",
     "Value",
+    "channel_origins",
     "example_calls",
     "record_forward",
 ]
