@@ -1,7 +1,7 @@
 """What folding costs and what it gains, side by side in one run. Usage: python tests/benchmarks/folding.py
 
-The limit is the same network with every BatchNorm left out, which gives wrong outputs; a network timed against itself tells
-how much of a ratio is the machine's own.
+The limit is the same network with every BatchNorm left out, which gives wrong outputs; a network timed against itself
+tells how much of a ratio is the machine's own.
 """
 
 import argparse
@@ -120,8 +120,8 @@ def main():
             ),
             rows,
             notes=(
-                "speed-ups are medians of ratios of alternating runs; folding includes its verification, and is counted",
-                "in forward passes of batch 1; allowed are ten of those and two seconds",
+                "speed-ups are medians of ratios of alternating runs; folding includes its verification",
+                "and is counted in forward passes of batch 1, of which ten and two seconds are allowed",
             ),
         )
     )

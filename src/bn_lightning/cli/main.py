@@ -1,6 +1,9 @@
 """The command ``bn-lightning`` and its subcommands."""
 
 import sys
+from typing import Any
+
+from jsonargparse import ArgumentParser, auto_cli
 
 from bn_lightning.errors import BatchNormError
 
@@ -13,14 +16,23 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: With status 1 and one sentence if something the user can mend is wrong.
     """
-    from jsonargparse import auto_cli
-
     # Here, so that importing this room brings in neither Lightning nor torchmetrics.
     from bn_lightning.cli.demo import demo
+    from bn_lightning.cli.fold import fold
 
     try:
-        auto_cli({"demo": demo}, args=arguments, prog="bn-lightning")
+        auto_cli({"demo": demo, "fold": fold}, args=arguments, prog="bn-lightning", parser_class=_Parser)
     except BatchNormError as error:
         sys.exit(f"bn-lightning: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class _Parser(ArgumentParser):
+    """Takes ``--json`` for ``--json true``: a switch needs no value."""
+
+    def add_argument(self, *args: Any, **options: Any) -> Any:
+        if options.get("type") is bool:
+            del options["type"]
+            options["action"] = "store_true"
+        return super().add_argument(*args, **options)
