@@ -236,14 +236,11 @@ def test_the_report_reads_well(small_net, images):
     report = fold_batch_norm(small_net, images).report
     lines = str(report).splitlines()
     assert lines[0] == "folded batch norms"
-    assert lines[1].split() == ["layer", "action", "into", "why", "it", "stays"]
-    assert lines[3].split() == ["1", "folded-backward", "0", "–"]
-    assert lines[4].split(maxsplit=3) == [
-        "3",
-        "kept",
-        "–",
-        "nonlinear_between: fed by relu in '2'; read by tanh in '4.0'",
-    ]
+    assert lines[1].split() == ["layer", "action", "into", "weight", "spread", "why", "it", "stays"]
+    spreads = [f"{value:.3g}" for value in (report.rows[0].spread_before, report.rows[0].spread_after)]
+    assert lines[3].split() == ["1", "folded-backward", "0", spreads[0], "→", spreads[1], "–"]
+    why = "nonlinear_between: fed by relu in '2'; read by tanh in '4.0'"
+    assert lines[4].split(maxsplit=4) == ["3", "kept", "–", "–", why]
     assert lines[-2].startswith("folded 2 of 3; float64 error ")
     assert lines[-1].startswith("int8: once folded 1 weight spreads more than 32-fold over channels, most of all ")
     assert report.to_dict()["rows"][1]["reason"] == "nonlinear_between"
@@ -260,12 +257,12 @@ def test_many_rows_of_one_reason_are_summed_up_in_print_only(randomize):
     plan = plan_fold(randomize(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), *body, *tail)), torch.randn(3, 4))
     lines = [" ".join(line.split()) for line in str(plan).splitlines()]
     assert lines[3:8] == [
-        "1 folded-backward 0 –",
+        f"1 folded-backward 0 {plan.rows[0].spread_before:.3g} → {plan.rows[0].spread_after:.3g} –",
         *(
-            f"{index} kept – subclass: Own has a forward of its own that is not known to be foldable"
+            f"{index} kept – – subclass: Own has a forward of its own that is not known to be foldable"
             for index in (3, 5, 7)
         ),
-        "… and 12 more kept – subclass: Own has a forward of its own that is not known to be foldable",
+        "… and 12 more kept – – subclass: Own has a forward of its own that is not known to be foldable",
     ]
     assert [line.split()[0] for line in lines[8:12]] == ["33", "35", "37", "39"], "four of a kind are told in full"
     assert lines[-1] == "to fold: 1 of 20"

@@ -167,13 +167,19 @@ def _table(title: str, rows: Sequence[FoldRow], notes: Sequence[str]) -> Table:
         group = many.get(row.reason, [row])
         if row in group[:_FEW]:
             why = f"{row.reason}: {row.detail}" if row.reason else None
-            shown.append((row.name or "(root)", row.action, row.into, why))
+            shown.append((row.name or "(root)", row.action, row.into, _spread(row), why))
         if row is group[min(_FEW, len(group)) - 1] and len(group) > _FEW:
             shown.append(_summed_up(group[_FEW:]))
-    return Table(title, ("layer", "action", "into", "why it stays"), shown, notes)
+    return Table(title, ("layer", "action", "into", "weight spread", "why it stays"), shown, notes)
 
 
 def _summed_up(rows: Sequence[FoldRow]) -> tuple[Cell, ...]:
     details = {row.detail for row in rows}
     why = details.pop() if len(details) == 1 else REASONS[rows[0].reason]
-    return f"… and {len(rows)} more", rows[0].action, None, f"{rows[0].reason}: {why}"
+    return f"… and {len(rows)} more", rows[0].action, None, None, f"{rows[0].reason}: {why}"
+
+
+def _spread(row: FoldRow) -> str | None:
+    if row.spread_before is None or row.spread_after is None:
+        return None
+    return f"{row.spread_before:.3g} → {row.spread_after:.3g}{' (int8!)' if row.suffers_in_int8 else ''}"
