@@ -130,6 +130,13 @@ def test_max_pooling_wants_positive_scales(randomize, positive):
         assert "channel 3 has a negative scale" in row.detail
 
 
+def through_another_view(n, x):
+    y = n.a(x)
+    z = y.flatten(2)
+    z += n.b(x).flatten(2)
+    return n.bn(z.unflatten(2, y.shape[2:])).relu() + y
+
+
 KEPT = {
     "zero-pad": ("zero_padding", one(lambda n, x: n.bn(F.pad(n.conv(x), (1, 1, 1, 1))).relu())),
     "average-pool-counting-zeros": (
@@ -174,6 +181,8 @@ KEPT = {
         "nonlinear_between",
         one(lambda n, x: n.bn(F.max_pool2d(n.conv(x), 2, return_indices=True)[0]).relu()),
     ),
+    "read-through-another-view": ("opaque", two(through_another_view, width=4)),
+    "cast-to-integers": ("nonlinear_between", one(lambda n, x: n.bn((n.conv(x) * 9).long().float()).relu())),
     "index-tensor": ("nonlinear_between", one(lambda n, x: n.bn(n.conv(x)[:, torch.tensor([1, 0, 3, 2])]).relu())),
     "hook-on-a-flatten-between": (
         "hook",

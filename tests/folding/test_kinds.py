@@ -135,3 +135,65 @@ def test_lightnings_reverted_sync_batch_norm(randomize):
 def test_the_layers_own_eps_is_used(randomize):
     net = randomize(behind_a_conv(nn.BatchNorm2d(4, eps=0.5)))
     assert rows_of(fold_in_float64(net, images())) == {"1": ("folded-backward", "0")}
+
+
+class Parallel(nn.BatchNorm2d):
+    """Two activations side by side, of which one is returned."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.one, self.two = nn.ReLU(), nn.Tanh()
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.one(y)
+        return self.two(y)
+
+
+class Peeking(nn.BatchNorm2d):
+    """Runs its activation and returns something else."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.Tanh()
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.act(y)
+        return y
+
+
+class Gated(HandWritten):
+    def forward(self, x):
+        return super().forward(x) * self.gate
+
+    gate = torch.ones(1)
+
+
+class Leaking(HandWritten):
+    def forward(self, x):
+        self.scaled = x * (self.weight * (self.running_var + 1e-5).rsqrt()).view(1, -1, 1, 1)
+        shift = self.bias - self.running_mean * self.weight * (self.running_var + 1e-5).rsqrt()
+        return self.scaled + shift.view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("make", [Parallel, Peeking, Gated, Leaking])
+@pytest.mark.parametrize("standalone", ["keep", "affine"])
+def test_a_forward_of_its_own_that_does_more_stays(randomize, make, standalone):
+    net = randomize(behind_a_conv(make(4)))
+    result = fold_in_float64(net, images(), standalone=standalone)
+    assert rows_of(result) == {"1": ("kept", "subclass")}
+
+
+def test_children_that_run_in_one_call_only_stay_with_their_layer(randomize):
+    class Sometimes(nn.BatchNorm2d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.act = nn.Tanh()
+
+        def forward(self, x):
+            y = super().forward(x)
+            return self.act(y) if len(x) > 1 else y
+
+    net = randomize(behind_a_conv(Sometimes(4)))
+    assert rows_of(fold_batch_norm(net, [images(), images()[:1]])) == {"1": ("kept", "subclass")}

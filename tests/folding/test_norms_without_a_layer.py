@@ -40,6 +40,19 @@ def test_a_module_that_holds_its_statistics_is_a_batch_norm(randomize, images):
         torch.testing.assert_close(net(images), expected)
 
 
+class StandardizedConv(nn.Conv2d):
+    """Weight standardization as timm has it."""
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight.reshape(1, 4, -1), None, None, training=True, momentum=0.0)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_a_standardized_weight_is_no_batch_norm_of_the_network(randomize, images):
+    (row,) = plan_fold(randomize(nn.Sequential(StandardizedConv(6, 4, 3), nn.BatchNorm2d(4))), images).rows
+    assert (row.name, row.reason) == ("1", "parametrized")
+
+
 def test_a_scripted_batch_norm_has_its_row(randomize, images):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, and all the same in many a deployed network

@@ -196,6 +196,8 @@ def _without_a_layer(record: ForwardRecord, known: set[str]) -> Iterator[FoldRow
     """Give batch norms that belong to no BatchNorm layer their rows."""
     for operation in record.of_kind("batch_norm"):
         assert operation.layer is not None
+        if _is_weight(record, operation.layer.input):
+            continue  # standardized, as in a network without BatchNorm
         owners = operation.layer.owners("running_mean")
         name = owners[0] if owners else f"{operation.module or '(root)'}: batch_norm"
         if operation.module not in known and name not in known:
@@ -212,6 +214,14 @@ def _without_a_layer(record: ForwardRecord, known: set[str]) -> Iterator[FoldRow
             known.add(name)
             detail = f"its statistics are read by {kernels[0]} in code that cannot be recorded"
             yield FoldRow(name, "kept", None, "opaque", detail)
+
+
+def _is_weight(record: ForwardRecord, value: int | None) -> bool:
+    """Whether a value is made of the model's own tensors and nothing else."""
+    if value is None:
+        return True
+    maker = record.producer(value)
+    return maker is not None and all(_is_weight(record, index) for index in maker.inputs)
 
 
 def _kept(patterns: Iterable[str]) -> Iterable[str]:

@@ -129,6 +129,8 @@ class _Recorder:
         self._module_stack: list[int] = []
         # id → (the tensor, version → value). An entry goes when its tensor dies: an id is never mistaken.
         self._alive: dict[int, tuple[weakref.ref[Tensor], dict[int, int]]] = {}
+        # Where values lie. An address may come again; what is noted for it is then too cautious, not wrong.
+        self._in_memory: dict[int, list[int]] = {}
         self._given: frozenset[int] = frozenset()
         self._muted = False
 
@@ -159,6 +161,7 @@ class _Recorder:
         for index in self._survivors(excused):
             self.values[index].escaped = True
         self._alive.clear()
+        self._in_memory.clear()
 
     def record(self) -> ForwardRecord:
         values = tuple(
@@ -198,6 +201,8 @@ class _Recorder:
             return result  # dropout in evaluation, `.contiguous()` of what is contiguous: the very same value
         if not (inputs or owned):
             return result  # a factory: what it returns is first seen when something reads it
+        if passing is not None and not all(tensor.is_floating_point() for tensor in made):
+            passing = None  # a cast to integers
         index = len(self.operations)
         outputs = tuple(self._new_value(tensor, index) for tensor in made if self._value_of(tensor) not in inputs)
         self.operations.append(
@@ -276,7 +281,12 @@ class _Recorder:
 
     def _value_or_new(self, tensor: Tensor) -> int:
         index = self._value_of(tensor)
-        return self._new_value(tensor, None) if index is None else index
+        if index is not None:
+            return index
+        if id(tensor) in self._alive:  # changed through a view: it now shows what that operation made
+            for other in self._in_memory.get(_memory(tensor), ()):
+                self.values[other].unseen.append("another view of the same memory,")
+        return self._new_value(tensor, None)
 
     def _new_value(self, tensor: Tensor, producer: int | None) -> int:
         index = len(self.values)
@@ -285,6 +295,9 @@ class _Recorder:
         if key not in alive:
             alive[key] = (weakref.ref(tensor, lambda _: alive.pop(key, None)), {})
         alive[key][1][_version(tensor)] = index
+        memory = _memory(tensor)
+        if memory:
+            self._in_memory.setdefault(memory, []).append(index)
         return index
 
     def _survivors(self, excused: Iterable[int]) -> list[int]:
@@ -336,6 +349,14 @@ class _Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.recorder.run_kernel(func, args, kwargs or {})
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return the address of the memory that a tensor and its views share; 0 where there is none to speak of."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, under torch.vmap, …
+        return 0
 
 
 def _version(tensor: Tensor) -> int:
