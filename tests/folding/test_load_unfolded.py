@@ -10,6 +10,7 @@ from torch import nn
 
 from bn_lightning import fold_batch_norm
 from bn_lightning.errors import FoldError
+from bn_lightning.folding.surgery import Surgery
 
 
 def net(randomize, seed):
@@ -58,3 +59,25 @@ def test_numbers_that_no_longer_allow_the_fold_are_refused(randomize, images):
     assert torch.equal(model(images), expected)
     result.undo()
     assert model.bn.weight[1] > 0
+
+
+@pytest.mark.parametrize("step", range(5), ids="step={}".format)
+def test_an_interrupt_leaves_the_folded_network(randomize, images, monkeypatch, step):
+    model, other = net(randomize, 1), net(randomize, 2)
+    result = fold_batch_norm(model, images)
+    expected = model(images)
+    right, writes = Surgery._write, iter(range(10**6))
+
+    def interrupted(surgery, *args):
+        right(surgery, *args)
+        if next(writes) == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Surgery, "_write", interrupted)
+    if step < 4:
+        with pytest.raises(KeyboardInterrupt):
+            result.load_unfolded(other.state_dict())
+        assert torch.equal(model(images), expected)
+    else:
+        result.load_unfolded(other.state_dict())
+        torch.testing.assert_close(model(images), other(images), rtol=1e-4, atol=1e-5)

@@ -40,6 +40,13 @@ def test_a_module_that_holds_its_statistics_is_a_batch_norm(randomize, images):
         torch.testing.assert_close(net(images), expected)
 
 
+def test_one_without_a_weight_takes_nothing_up(randomize, images):
+    net = randomize(nn.Sequential(nn.ReLU(), LooseNorm(owned=True), nn.Identity(), nn.BatchNorm2d(4), nn.Tanh()))
+    rows = {row.name: row for row in plan_fold(net, images[:, :4]).rows}
+    assert rows["3"].reason == "subclass"
+    assert "LooseNorm '1' has no weight to fold into" in rows["3"].detail
+
+
 class StandardizedConv(nn.Conv2d):
     """Weight standardization as timm has it."""
 

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from folding.nets import Written
 from torch import nn
 
 from bn_lightning import fold_batch_norm, plan_fold
 from bn_lightning.errors import FoldError
+from bn_lightning.folding.numbers import Numbers
 from bn_lightning.folding.spread import weight_spread
 
 
@@ -156,3 +158,22 @@ def test_batches_that_do_not_fit_are_refused_and_the_model_comes_back(randomize,
     with pytest.raises(FoldError, match=words):
         fold_batch_norm(net, images, batches=batches)
     assert fingerprint(net) == before
+
+
+def test_a_refused_fold_changes_no_number(randomize, images):
+    """The second of two convolutions overflows after the first has been scaled."""
+    net = Written(
+        lambda n, x: n.bn(torch.cat([n.a(x), n.b(x)], 1)).relu(),
+        a=nn.Conv2d(6, 4, 3),
+        b=nn.Conv2d(6, 4, 3),
+        bn=nn.BatchNorm2d(8),
+    )
+    net = randomize(net).half()
+    (step,) = plan_fold(net, images.half()).steps
+    with torch.no_grad():
+        net.b.weight.fill_(6e4)
+        net.bn.weight.fill_(100)
+    numbers = Numbers(net)
+    kept = numbers.apply(step)
+    assert (kept.reason, numbers.changed) == ("overflow", {})
+    assert "'b.weight' leaves the range of float16" in kept.detail

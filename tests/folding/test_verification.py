@@ -50,6 +50,34 @@ def test_the_guilty_fold_is_found_and_taken_back(small_net, images, wrong_fold):
     torch.testing.assert_close(small_net(images).double(), reference, rtol=1e-5, atol=1e-6)
 
 
+class Multiplied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = [torch.randn(5, 5)]  # neither parameter nor buffer: it does not run in float64
+
+    def forward(self, x):
+        return x @ self.matrix[0]
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["float64", "native"])
+def test_what_stands_behind_a_fold_that_is_taken_back_goes_back_too(randomize, images, get_wrong, native):
+    layers = [
+        nn.Conv2d(6, 4, 3),
+        *(nn.BatchNorm2d(4) for _ in range(3)),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4),
+    ]
+    net = randomize(nn.Sequential(*layers, *([Multiplied()] if native else [])))
+    expected = net(images)
+    get_wrong("1", 0.1)
+    rows = {row.name: row for row in fold_batch_norm(net, images).report.rows}
+    assert [rows[name].reason for name in ("1", "2", "3", "6")] == ["unverified", "unverified", "unverified", ""]
+    assert "differ by" in rows["1"].detail
+    assert rows["2"].detail == rows["3"].detail == "it stands behind '1', which could not be folded"
+    torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-5)
+
+
 class Reaching(nn.Module):
     """Reads a setting of the layer that folding removes."""
 

@@ -16,7 +16,7 @@ from bn_lightning.folding.guard import FoldGuard
 from bn_lightning.folding.numbers import reference_tensor
 from bn_lightning.folding.plan import plan_fold, require_foldable
 from bn_lightning.folding.report import FoldPlan, FoldReport, FoldRow
-from bn_lightning.folding.steps import FoldStep, without
+from bn_lightning.folding.steps import FoldStep
 from bn_lightning.folding.surgery import Surgery
 from bn_lightning.folding.verify import comparison_problem, float_outputs, relative_error
 from bn_lightning.preservation import in_float64, out_of_inference_mode, preserved
@@ -246,7 +246,7 @@ def _fold_and_verify(surgery: Surgery, plan: FoldPlan, calls: Sequence[ExampleCa
                 error, rejected = _settle(surgery, steps, check)
             finally:
                 surgery.undo()  # inside: these folds are written to the float64 copies
-    steps = without(steps, rejected)
+    steps = [step for step in steps if step.name not in rejected]
     before = float_outputs(model, calls)
     reference = before if exact is None else exact
     native_before = None if exact is None else relative_error(before, exact)

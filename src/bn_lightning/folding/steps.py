@@ -1,11 +1,10 @@
 """One layer's fold, as data: what it goes into and which channel goes where."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bn_lightning.folding.norms import Norm
 
-__all__ = ["FoldStep", "FoldTarget", "without"]
+__all__ = ["FoldStep", "FoldTarget"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +74,3 @@ class FoldStep:
     def into(self) -> str | None:
         """The names of what takes it up."""
         return ", ".join(target.layer or "(root)" for target in self.targets) or None
-
-
-def without(steps: Iterable[FoldStep], rejected: Iterable[str]) -> list[FoldStep]:
-    """Leave out steps, and those that reach their targets only through one that is left out."""
-    gone, left = set(rejected), []
-    for step in steps:
-        if step.name in gone or gone.intersection(step.behind):
-            gone.add(step.name)
-        else:
-            left.append(step)
-    return left

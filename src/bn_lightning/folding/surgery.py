@@ -55,13 +55,7 @@ class Surgery:
                         f"{step.name!r} can no longer be folded into {step.into}: {kept.detail}. Fold the model anew, "
                         "so that it is planned with its present numbers."
                     )
-            folded = {step.name for step in steps}
-            written = {
-                target.layer: target
-                for step in steps
-                for target in step.targets
-                if target.norm is None or target.norm.name not in folded
-            }
+            written = {target.layer: target for step in steps for target in step.targets}
             affines = {step.name: numbers.affine(step.norm) for step in steps if not step.targets}
             self.steps = tuple(steps)
             for target in written.values():

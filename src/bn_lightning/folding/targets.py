@@ -8,7 +8,6 @@ from bn_lightning.folding.norms import Norm, join
 from bn_lightning.folding.reasons import Kept
 from bn_lightning.folding.scene import Scene
 from bn_lightning.folding.steps import FoldTarget
-from bn_lightning.internals import hooks_on
 from bn_lightning.tracing.record import ForwardRecord, Operation
 
 __all__ = ["LAYER_KINDS", "layer_target", "norm_target", "require_sole_use"]
@@ -75,9 +74,6 @@ def require_sole_use(scene: Scene, target: FoldTarget, operations: Collection[in
         if shared:
             return Kept("tied", f"{name!r} lies in the same memory as {shared[0]!r}")
     module = scene.model.get_submodule(target.layer)
-    kinds = hooks_on(module)
-    if kinds:
-        return Kept("hook", f"{target.layer!r} carries {kinds[0]}")
     if "forward" in vars(module):
         return Kept("hook", f"the forward of {target.layer!r} was replaced on the instance")
     return None
