@@ -3,7 +3,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CONSTRAINTS := tests/constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench test-zoo clean
 
 demo: .venv/installed  ## train on real digits with every callback, show what it found (seconds, after the installation)
 	$(BIN)/bn-lightning demo
@@ -20,6 +20,9 @@ bench: .venv/installed  ## what the README's table quotes
 	$(BIN)/python tests/benchmarks/watching.py
 	$(BIN)/python tests/benchmarks/folding.py
 	$(BIN)/python tests/benchmarks/variants.py
+
+test-zoo: .venv/installed  ## fold every timm and torchvision network with BN, resumable: make test-zoo ZOO='--minutes 20'
+	PYTHONPATH=tests $(BIN)/python -m zoo $(ZOO)
 
 # torchvision goes in without its dependencies: it must not replace the torch that is there.
 .venv/installed: pyproject.toml $(CONSTRAINTS) $(wildcard tests/environment/*.py)

@@ -1,5 +1,6 @@
 """The command ``bn-lightning`` and its subcommands."""
 
+import os
 import sys
 from typing import Any
 
@@ -26,6 +27,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"bn-lightning: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # head, or a pager that was left, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        sys.exit(1)
 
 
 class _Parser(ArgumentParser):

@@ -158,15 +158,17 @@ class Numbers:
     def _out_of_range(self, target: FoldTarget) -> Kept | None:
         dtype = reference_tensor(self.model, target).dtype
         for name in target.tensors:
+            value = self.changed[name]
+            limit = torch.finfo(dtype).max
+            if not value.numel() or all(abs(float(end)) <= limit for end in value.aminmax()):
+                continue  # nan is both ends, and not within any limit
             before = owned_tensor(self.model, name)
             if before is not None and not before.isfinite().all():
                 where = (~before.detach().isfinite()).nonzero()[0].tolist()
                 return Kept("nonfinite", f"{name!r} is {before[tuple(where)].item()} at {where}")
-            value = self.changed[name].to(dtype)
-            if not value.isfinite().all():
-                where = (~value.isfinite()).nonzero()[0].tolist()
-                short = str(dtype).removeprefix("torch.")
-                return Kept("overflow", f"folded, {name!r} leaves the range of {short} at {where}")
+            where = (~(value.abs() <= limit)).nonzero()[0].tolist()
+            short = str(dtype).removeprefix("torch.")
+            return Kept("overflow", f"folded, {name!r} leaves the range of {short} at {where}")
         return None
 
 
