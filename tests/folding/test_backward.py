@@ -153,6 +153,10 @@ KEPT = {
         "axis_mismatch",
         one(lambda n, x: n.bn(n.conv(x).mean(1, keepdim=True)).relu(), nn.BatchNorm2d(1)),
     ),
+    "largest-over-channels": (
+        "axis_mismatch",
+        one(lambda n, x: n.bn(n.conv(x).amax(1, keepdim=True)).relu(), nn.BatchNorm2d(1)),
+    ),
     "repeated-channels": (
         "axis_mismatch",
         one(lambda n, x: n.bn(n.conv(x).repeat(1, 2, 1, 1)).relu(), nn.BatchNorm2d(8)),

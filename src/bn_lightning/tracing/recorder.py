@@ -202,7 +202,7 @@ class _Recorder:
         if not (inputs or owned):
             return result  # a factory: what it returns is first seen when something reads it
         if passing is not None and not all(tensor.is_floating_point() for tensor in made):
-            passing = None  # a cast to integers
+            passing = None  # a cast to integers, the places of maxima
         index = len(self.operations)
         outputs = tuple(self._new_value(tensor, index) for tensor in made if self._value_of(tensor) not in inputs)
         self.operations.append(
@@ -264,7 +264,7 @@ class _Recorder:
     def _passing(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Passing | None:
         """Keep what it takes to repeat a call, unless it depends on anything but the places of values."""
         kind = passing_kind(function)
-        if kind is None or kwargs.get("return_indices"):
+        if kind is None:
             return None
         given = list(iter_tensors((args, kwargs)))
         if not given or any(id(tensor) in self._owned or not tensor.is_floating_point() for tensor in given):
