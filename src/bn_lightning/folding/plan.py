@@ -196,11 +196,10 @@ def _without_a_layer(record: ForwardRecord, known: set[str]) -> Iterator[FoldRow
     """Give batch norms that belong to no BatchNorm layer their rows."""
     for operation in record.of_kind("batch_norm"):
         assert operation.layer is not None
-        if _is_weight(record, operation.layer.input):
-            continue  # standardized, as in a network without BatchNorm
         owners = operation.layer.owners("running_mean")
         name = owners[0] if owners else f"{operation.module or '(root)'}: batch_norm"
-        if operation.module not in known and name not in known:
+        # A weight that is standardized is no BatchNorm of the network's.
+        if operation.module not in known and name not in known and not _is_weight(record, operation.layer.input):
             known.add(name)
             detail = (
                 f"{name or 'the root module'!r} owns the statistics but is no torch BatchNorm layer"
@@ -218,10 +217,15 @@ def _without_a_layer(record: ForwardRecord, known: set[str]) -> Iterator[FoldRow
 
 def _is_weight(record: ForwardRecord, value: int | None) -> bool:
     """Whether a value is made of the model's own tensors and nothing else."""
-    if value is None:
-        return True
-    maker = record.producer(value)
-    return maker is not None and all(_is_weight(record, index) for index in maker.inputs)
+    waiting, seen = [] if value is None else [value], set[int]()
+    while waiting:
+        index = waiting.pop()
+        maker = record.producer(index)
+        if maker is None:
+            return False
+        seen.add(index)
+        waiting += set(maker.inputs) - seen
+    return True
 
 
 def _kept(patterns: Iterable[str]) -> Iterable[str]:

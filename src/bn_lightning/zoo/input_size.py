@@ -1,0 +1,29 @@
+"""What size of input a network was made for."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+__all__ = ["default_input_size"]
+
+# Their networks take clips and pairs of images.
+_NOT_IMAGES = ("torchvision.models.video.", "torchvision.models.optical_flow.")
+
+
+def default_input_size(model: nn.Module) -> tuple[int, ...] | None:
+    """Return the size of one example, without the batch axis, of timm's and torchvision's image networks.
+
+    Returns:
+        timm's ``default_cfg["input_size"]``, (3, 224, 224) for torchvision's, ``None`` if the network does not say.
+
+    Example:
+        >>> default_input_size(nn.Linear(2, 1)) is None
+        True
+    """
+    configuration = getattr(model, "default_cfg", None)
+    if isinstance(configuration, Mapping) and configuration.get("input_size"):
+        return tuple(configuration["input_size"])
+    home = f"{type(model).__module__}."
+    if home.startswith("torchvision.models.") and not home.startswith(_NOT_IMAGES):
+        return (3, 224, 224)
+    return None
