@@ -267,3 +267,10 @@ def test_many_rows_of_one_reason_are_summed_up_in_print_only(randomize):
     assert [line.split()[0] for line in lines[8:12]] == ["33", "35", "37", "39"], "four of a kind are told in full"
     assert lines[-1] == "to fold: 1 of 20"
     assert len(plan.rows) == len(plan.to_dict()["rows"]) == 20
+
+
+def test_a_deep_network_needs_no_deep_recursion(randomize):
+    body = [layer for _ in range(700) for layer in (nn.ReLU(), nn.Identity())]
+    net = randomize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), *body, nn.BatchNorm2d(3), nn.Tanh()))
+    rows = plan_fold(net, torch.randn(1, 3, 4, 4)).rows
+    assert [row.action for row in rows] == ["folded-backward", "kept"]
