@@ -101,7 +101,7 @@ def _makers(scene: Scene, norm: Norm, cone: Cone, mergeable: set[str]) -> dict[s
         if other is norm:
             return Kept("reused", "it normalizes what it made itself")
         if other is not None and other.name in mergeable:
-            target, axis, operations = norm_target(scene.model, other), 1, set(other.operations)
+            target, axis, operations = norm_target(scene.model, other), 1, other.operations_making(value)
         elif producer is not None and producer.kind in LAYER_KINDS and producer.layer is not None:
             target, operations = layer_target(scene.model, producer), {producer.index}
             axis = -1

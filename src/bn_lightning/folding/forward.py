@@ -61,6 +61,7 @@ def fold_forward(scene: Scene, norm: Norm, mergeable: set[str]) -> FoldStep | Ke
         targets,
         forward=True,
         behind=tuple(sorted(passed)),
+        positive=_under_a_maximum(cone),
         roundabout="it is folded forward",
         unshifted=tuple(sorted(set().union(*(taker.unshifted for taker in takers.values())))),
     )
@@ -82,7 +83,7 @@ def _taker(
     other = scene.norm_that_reads(operation, value)
     dims = len(_shape(scene, value))
     if other is not None and other is not norm and other.name in mergeable:
-        target, axis, operations = norm_target(scene.model, other), 1, set(other.operations)
+        target, axis, operations = norm_target(scene.model, other), 1, other.operations_reading(value)
         pads = False
     elif operation.kind in LAYER_KINDS and operation.layer is not None and operation.layer.input == value:
         target, operations = layer_target(scene.model, operation), {operation.index}
@@ -120,6 +121,18 @@ def _channels(term: Tensor, axis: int) -> tuple[Tensor, Tensor] | None:
     if (rows == MIXED).any() or not ((lowest == highest) | empty).all():
         return None
     return torch.where(empty, ABSENT, lowest).long(), zero.any(1)
+
+
+def _under_a_maximum(cone: Cone) -> tuple[int, ...]:
+    """List the channels that a maximum is taken of on the way."""
+    found = [
+        compact(term).flatten().unique()
+        for operation in cone.operations.values()
+        if operation.passing is not None and operation.passing.kind == "largest"
+        for output in operation.outputs
+        for term in cone.terms[output]
+    ]
+    return tuple(sorted({int(tag) for tags in found for tag in tags if tag >= 0}))
 
 
 def _seen_outside(scene: Scene, cone: Cone) -> Kept | None:

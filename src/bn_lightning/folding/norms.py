@@ -49,6 +49,14 @@ class Norm:
         """Indices of the operations of all calls."""
         return frozenset().union(*(call.operations for call in self.calls))
 
+    def operations_making(self, value: int) -> set[int]:
+        """Return the operations of the calls that make a value."""
+        return {index for call in self.calls if call.output == value for index in call.operations}
+
+    def operations_reading(self, value: int) -> set[int]:
+        """Return the operations of the calls that read a value."""
+        return {index for call in self.calls if call.input == value for index in call.operations}
+
 
 def is_norm(module: nn.Module) -> bool:
     """Tell whether a module is a BatchNorm layer, of torch's family or by what it holds.

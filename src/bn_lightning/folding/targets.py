@@ -58,7 +58,8 @@ def norm_target(model: nn.Module, norm: Norm) -> FoldTarget | Kept:
 
 def require_sole_use(scene: Scene, target: FoldTarget, operations: Collection[int]) -> Kept | None:
     """Say who else uses the tensors that would be written; ``None`` if only the given operations do."""
-    for name in target.tensors:
+    # A BatchNorm without weight and bias is known by its mean.
+    for name in (*target.tensors, *([] if target.norm is None else [target.norm.roles["running_mean"]])):
         for reader in scene.record.tensor_readers(name):
             if reader.index not in operations:
                 reused = reader.kind in LAYER_KINDS
