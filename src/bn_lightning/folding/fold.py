@@ -318,7 +318,7 @@ def _row(row: FoldRow, rejected: dict[str, str]) -> FoldRow:
 
 def _coarsest(model: nn.Module, steps: Sequence[FoldStep]) -> torch.dtype:
     weights = [reference_tensor(model, target) for step in steps for target in step.targets]
-    weights = weights or [tensor for tensor in model.parameters() if tensor.is_floating_point()]
+    weights = weights or [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     return max((weight.dtype for weight in weights), key=lambda dtype: torch.finfo(dtype).eps)
 
 

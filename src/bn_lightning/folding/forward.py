@@ -33,6 +33,9 @@ def fold_forward(scene: Scene, norm: Norm, mergeable: set[str]) -> FoldStep | Ke
     kept = scene.hook_on(cone.values) or _seen_outside(scene, cone)
     if kept:
         return kept
+    kept = _overwritten(scene, norm, cone)
+    if kept:
+        return kept
     if not cone.readers:
         return Kept("nonlinear_between", "nothing reads its output")
     stopped = cone.carry({call.output: tagged(_shape(scene, call.output), 1, 0) for call in norm.calls})
@@ -121,6 +124,17 @@ def _channels(term: Tensor, axis: int) -> tuple[Tensor, Tensor] | None:
     if (rows == MIXED).any() or not ((lowest == highest) | empty).all():
         return None
     return torch.where(empty, ABSENT, lowest).long(), zero.any(1)
+
+
+def _overwritten(scene: Scene, norm: Norm, cone: Cone) -> Kept | None:
+    """Find who writes to what the layer reads, which its readers would then see instead of what it made."""
+    last = max((operation.index for operation, _ in cone.readers), default=0)
+    for call in norm.calls:
+        memory = scene.record.values[call.input].memory
+        for operation in scene.record.operations[min(call.operations) + 1 : last]:
+            if memory >= 0 and memory in operation.overwrites:
+                return Kept("multi_user", f"its input is overwritten by {operation} before its output is read")
+    return None
 
 
 def _under_a_maximum(cone: Cone) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ class Value:
         output: Whether the model returns it.
         escaped: Whether it outlived the forward pass in some other way, such as ``self.cache = value``.
         unseen: Kernels that read it behind the recorder's back (TorchScript, C++, ``torch.vmap``).
+        memory: The same number for values that lie in the same memory, views of one another; −1 if unknown.
     """
 
     index: int
@@ -36,6 +37,7 @@ class Value:
     output: bool
     escaped: bool
     unseen: tuple[str, ...]
+    memory: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Operation:
         outputs: Values it makes.
         layer: For every kind but ``other``.
         passing: For a function that passes channels on (moves, averages or adds values), how to repeat it.
+        overwrites: The memory (`Value.memory`) that it writes to, operating in place.
     """
 
     index: int
@@ -90,6 +93,7 @@ class Operation:
     outputs: tuple[int, ...]
     layer: LayerUse | None = None
     passing: Passing | None = field(default=None, repr=False)
+    overwrites: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.function} in {self.module!r}" if self.module else self.function

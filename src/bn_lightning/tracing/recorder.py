@@ -91,6 +91,7 @@ class _OpenValue:
     output: bool = False
     escaped: bool = False
     unseen: list[str] = field(default_factory=list)
+    memory: int = -1
 
 
 @dataclass(slots=True)
@@ -129,8 +130,9 @@ class _Recorder:
         self._module_stack: list[int] = []
         # id → (the tensor, version → value). An entry goes when its tensor dies: an id is never mistaken.
         self._alive: dict[int, tuple[weakref.ref[Tensor], dict[int, int]]] = {}
-        # Where values lie. An address may come again; what is noted for it is then too cautious, not wrong.
-        self._in_memory: dict[int, list[int]] = {}
+        # Address → the number of what lies there now, and the tensors that keep it there.
+        self._memories: dict[int, tuple[int, list[weakref.ref[Tensor]]]] = {}
+        self._number_of_memories = 0
         self._given: frozenset[int] = frozenset()
         self._muted = False
 
@@ -161,11 +163,11 @@ class _Recorder:
         for index in self._survivors(excused):
             self.values[index].escaped = True
         self._alive.clear()
-        self._in_memory.clear()
+        self._memories.clear()
 
     def record(self) -> ForwardRecord:
         values = tuple(
-            Value(index, v.shape, v.dtype, v.producer, tuple(v.readers), v.output, v.escaped, tuple(v.unseen))
+            Value(index, v.shape, v.dtype, v.producer, tuple(v.readers), v.output, v.escaped, tuple(v.unseen), v.memory)
             for index, v in enumerate(self.values)
         )
         return ForwardRecord(
@@ -189,6 +191,7 @@ class _Recorder:
         inputs = list(dict.fromkeys(self._value_or_new(tensor) for tensor in read if id(tensor) not in self._owned))
         layer = self._layer_use(function, args, kwargs)
         passing = self._passing(function, args, kwargs)
+        versions = [(tensor, _version(tensor)) for tensor in given]
         outer, self._given = self._given, frozenset(id(tensor) for tensor in given)
         try:
             result = function(*args, **kwargs)
@@ -216,6 +219,9 @@ class _Recorder:
                 outputs=outputs,
                 layer=layer[1] if layer else None,
                 passing=passing,
+                overwrites=tuple(
+                    {self._memory_of(tensor) for tensor, before in versions if _version(tensor) != before}
+                ),
             )
         )
         for value in inputs:
@@ -283,10 +289,13 @@ class _Recorder:
         index = self._value_of(tensor)
         if index is not None:
             return index
-        if id(tensor) in self._alive:  # changed through a view: it now shows what that operation made
-            for other in self._in_memory.get(_memory(tensor), ()):
-                self.values[other].unseen.append("another view of the same memory,")
-        return self._new_value(tensor, None)
+        changed = id(tensor) in self._alive  # through a view: it now shows what that operation made
+        index = self._new_value(tensor, None)
+        if changed and self.values[index].memory >= 0:
+            for other in self.values[:index]:
+                if other.memory == self.values[index].memory:
+                    other.unseen.append("another view of the same memory,")
+        return index
 
     def _new_value(self, tensor: Tensor, producer: int | None) -> int:
         index = len(self.values)
@@ -295,10 +304,23 @@ class _Recorder:
         if key not in alive:
             alive[key] = (weakref.ref(tensor, lambda _: alive.pop(key, None)), {})
         alive[key][1][_version(tensor)] = index
-        memory = _memory(tensor)
-        if memory:
-            self._in_memory.setdefault(memory, []).append(index)
+        self.values[index].memory = self._memory_of(tensor)
         return index
+
+    def _memory_of(self, tensor: Tensor) -> int:
+        try:
+            address = tensor.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError):  # sparse, under torch.vmap, …
+            return -1
+        if not address:
+            return -1
+        number, holders = self._memories.get(address, (-1, []))
+        if not any(holder() is not None for holder in holders):  # freed, and now another's
+            number, holders = self._number_of_memories, []
+            self._number_of_memories += 1
+        holders.append(weakref.ref(tensor))
+        self._memories[address] = (number, holders)
+        return number
 
     def _survivors(self, excused: Iterable[int]) -> list[int]:
         living = [entry[0]() for key, entry in list(self._alive.items()) if key not in excused]
@@ -349,14 +371,6 @@ class _Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.recorder.run_kernel(func, args, kwargs or {})
-
-
-def _memory(tensor: Tensor) -> int:
-    """Return the address of the memory that a tensor and its views share; 0 where there is none to speak of."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse, under torch.vmap, …
-        return 0
 
 
 def _version(tensor: Tensor) -> int:
