@@ -70,7 +70,7 @@ def assert_same(found, expected):
         assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
 
 
-@bounded(350)
+@bounded(250)
 @given(programs())
 def test_outputs_stay_and_undo_restores(program: Program):
     note(str(program))
@@ -95,7 +95,7 @@ def test_outputs_stay_and_undo_restores(program: Program):
         assert all(torch.equal(tensor, restored[name]) for name, tensor in state.items())
 
 
-@bounded(800)
+@bounded(600)
 @given(programs())
 def test_the_plan_is_what_the_oracle_finds(program: Program):
     note(str(program))
