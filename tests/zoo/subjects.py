@@ -16,7 +16,7 @@ from bn_lightning.folding.norms import named_norms
 
 __all__ = ["Subject", "norm_calls", "prepare"]
 
-_SIZES = (64, 96, 128)
+_SIZES = (64, 96, 128, 224)
 _IMAGES, _EXAMPLES = 8, 2
 # Where float32 is this far off, float64 is by 1e-11 or more: an attention at a tie, say, where nothing can be compared.
 _ILL_CONDITIONED = 1e-2
