@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning import fold_batch_norm, plan_fold
 from bn_lightning.errors import BatchNormError, FoldError
-from bn_lightning.folding import fold as fold_module
+from bn_lightning.folding import settle as settle_module
 from bn_lightning.folding import surgery as surgery_module
 
 
@@ -153,7 +153,7 @@ def test_an_interrupt_in_the_middle_of_the_surgery(net, images, fingerprint, mon
 
 def test_an_error_after_the_fold_takes_it_back(net, images, fingerprint, monkeypatch):
     before = fingerprint(net)
-    monkeypatch.setattr(fold_module, "FoldReport", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(settle_module, "FoldReport", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fold_batch_norm(net, images)
     assert fingerprint(net) == before
