@@ -3,13 +3,16 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CONSTRAINTS := tests/constraints.txt
 
-.PHONY: demo test check bench test-zoo clean
+.PHONY: demo test test-all check bench test-zoo clean
 
 demo: .venv/installed  ## train on real digits with every callback, show what it found (seconds, after the installation)
 	$(BIN)/bn-lightning demo
 
 test: .venv/installed  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-all: .venv/installed  ## the same with many more random networks (half an hour)
+	FOLDING_EXAMPLES=5000 $(BIN)/python -m pytest
 
 check: .venv/installed  ## lint, formatting, types
 	$(BIN)/ruff check .

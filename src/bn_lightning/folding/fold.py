@@ -139,6 +139,7 @@ def fold_batch_norm(
         FoldError: If the model has no BatchNorm layer or is in training mode, or cannot take the inputs.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
         >>> result = fold_batch_norm(net, torch.randn(2, 3, 6, 6))
         >>> net
