@@ -19,6 +19,7 @@ from zoo.fx_fuse import measure_fx
 from zoo.outputs import outputs, relative_error, unfit
 from zoo.rows import FoldingRow
 from zoo.subjects import Subject, norm_calls, prepare
+from zoo.targets import EXACT
 
 from bn_lightning import fold_batch_norm
 from bn_lightning.folding import FoldReport
@@ -100,7 +101,11 @@ def _fold_in_float64(row: FoldingRow, subject: Subject, reference: list[Tensor])
     ]
     larger = nn.functional.pad(examples[:1], (0, 32, 0, 32), "circular")
     with suppress(Exception):  # it may take no other size
-        compared.append((larger, outputs(model, larger)))
+        exact = outputs(model, larger)
+        # The statistics are not those of this image, and activations may explode: what rounding alone decides proves
+        # nothing.
+        if relative_error(outputs(model, larger * (1 + 1e-15)), exact) <= EXACT / 10:
+            compared.append((larger, exact))
     calls, before = norm_calls(model, examples), _fingerprint(model)
     result = fold_batch_norm(model, examples, standalone="affine")
     left = len(named_norms(result.model))
