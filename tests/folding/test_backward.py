@@ -186,11 +186,44 @@ KEPT = {
         one(lambda n, x: n.bn(F.max_pool2d(n.conv(x), 2, return_indices=True)[0]).relu()),
     ),
     "read-through-another-view": ("opaque", two(through_another_view, width=4)),
-    "cast-to-integers": ("nonlinear_between", one(lambda n, x: n.bn((n.conv(x) * 9).long().float()).relu())),
+    "cast-to-integers": ("nonlinear_between", one(lambda n, x: n.bn(n.conv(x).to(torch.int64).float()).relu())),
     "index-tensor": ("nonlinear_between", one(lambda n, x: n.bn(n.conv(x)[:, torch.tensor([1, 0, 3, 2])]).relu())),
     "hook-on-a-flatten-between": (
         "hook",
         one(lambda n, x: n.bn(n.flat(n.conv(x))).relu(), nn.BatchNorm1d(4), flat=nn.Flatten(2)),
+    ),
+    "a-parameter-added": (
+        "nonlinear_between",
+        one(lambda n, x: n.bn(n.conv(x) + n.row.weight).relu(), row=nn.Linear(6, 1, bias=False)),
+    ),
+    "a-parameter-concatenated": (
+        "nonlinear_between",
+        one(
+            lambda n, x: n.bn(torch.cat([n.conv(x), n.row.weight.expand(len(x), 1, 6, 6)], 1)).relu(),
+            nn.BatchNorm2d(5),
+            row=nn.Linear(6, 1, bias=False),
+        ),
+    ),
+    "channels-in-another-order-the-second-time": (
+        "axis_mismatch",
+        one(lambda n, x: n.bn(n.conv(x)).relu() + n.bn(n.conv(x).flip(1)).relu()),
+    ),
+    "applied-the-other-way-round-too": (
+        "reused",
+        lambda: Written(
+            lambda n, x: n.bn(n.conv(x)).sum() + n.bn(F.conv_transpose2d(x, n.conv.weight, n.conv.bias)).relu(),
+            conv=nn.Conv2d(6, 6, 3),
+            bn=nn.BatchNorm2d(6),
+        ),
+    ),
+    "their-mean-is-read-elsewhere": (
+        "multi_user",
+        one(
+            lambda n, x: (
+                n.bn(torch.cat([v := (y := n.conv(x)).mean(1, keepdim=True), y[:, :2]], 1)[:, 1:]).relu() + v.tanh()
+            ),
+            nn.BatchNorm2d(2),
+        ),
     ),
     "normalizes-its-own-output": ("reused", one(lambda n, x: n.bn(n.bn(n.conv(x))).relu())),
 }
@@ -203,6 +236,28 @@ def test_what_does_not_let_it_through(randomize, reason, make):
         net.flat.register_forward_hook(lambda *args: None)
     (row,) = plan_fold(net, images()).rows
     assert (row.action, row.reason) == ("kept", reason), row.detail
+
+
+def test_the_shift_goes_to_a_summand_that_is_there_everywhere(randomize):
+    net = Written(
+        lambda n, x: n.bn(F.pad(n.a(x), (1, 1, 1, 1)) + n.b(x)).tanh(),
+        a=nn.Conv2d(6, 4, 3),
+        b=nn.Conv2d(6, 4, 3, padding=1),
+        bn=nn.BatchNorm2d(4),
+    )
+    result = fold_in_float64(randomize(net), images(), held_out=[(images(2, 10, seed=6),)])
+    assert rows_of(result) == {"bn": ("folded-backward", "a, b")}
+
+
+def test_the_shift_goes_to_a_summand_that_is_never_padded(randomize):
+    def pads_nothing_here(n, x):
+        if len(x) != 3 or x.shape[3] > 8:
+            raise ValueError("too large")
+        return n.bn(F.pad(n.a(x), (0, -x.shape[3] % 4)) + n.b(F.pad(x, (0, -x.shape[3] % 4)))).tanh()
+
+    net = Written(pads_nothing_here, a=nn.Conv2d(6, 4, 1), b=nn.Conv2d(6, 4, 1, bias=False), bn=nn.BatchNorm2d(4))
+    result = fold_in_float64(randomize(net), images(), held_out=[(images(3, 7, seed=6),)])
+    assert rows_of(result) == {"bn": ("folded-backward", "a, b")}
 
 
 def test_a_zero_shift_passes_a_zero_padding(randomize):

@@ -82,7 +82,7 @@ ZERO_PADDED = {
     "pad-between": into(nn.Conv2d(6, 4, 3), lambda n, x: n.next(F.pad(n.bn(x.relu()), (0, 1, 0, 1)))),
     "transposed": into(nn.ConvTranspose2d(6, 4, 3)),
     "transposed-strided": into(nn.ConvTranspose2d(6, 4, 1, stride=2)),
-    "transposed-output-padding": into(nn.ConvTranspose2d(6, 4, 1, stride=2, output_padding=1)),
+    "transposed-output-padding": into(nn.ConvTranspose2d(6, 4, 1, dilation=2, output_padding=1)),
 }
 
 
@@ -114,6 +114,22 @@ KEPT = {
     ),
     "as-a-weight": ("nonlinear_between", into(nn.Conv2d(6, 4, 1), lambda n, x: F.linear(x, n.bn(x.relu())[0, 0]))),
     "hook-on-the-reader": ("nonlinear_between", into(nn.Conv2d(6, 4, 3))),
+    "mean-over-channels": (
+        "nonlinear_between",
+        into(nn.Conv2d(6, 4, 1), lambda n, x: n.next((z := n.bn(x.relu())).mean(1, keepdim=True).expand_as(z))),
+    ),
+    "channels-in-another-order-the-second-time": (
+        "nonlinear_between",
+        into(nn.Conv2d(6, 4, 1), lambda n, x: n.next(z := n.bn(x.relu())) + n.next(z.flip(1))),
+    ),
+    "read-unseen": (
+        "nonlinear_between",
+        into(nn.Conv2d(6, 4, 1), lambda n, x: n.next(z := n.bn(x.relu())).sum() + torch.vmap(torch.sigmoid)(z)),
+    ),
+    "read-by-nobody": (
+        "nonlinear_between",
+        into(nn.Conv2d(6, 4, 1), lambda n, x: n.next(x.relu()) + 0 * len(n.bn(x.relu()))),
+    ),
     "kept": (
         "nonlinear_between",
         into(nn.Conv2d(6, 4, 3), lambda n, x: n.next(setattr(n, "cache", y := n.bn(x.relu())) or y)),
@@ -126,6 +142,10 @@ WORDS = {
     "the-conv-reads-something-else-too": "'next.weight' is also applied by conv2d in 'next'",
     "as-a-weight": "read by getitem|read by linear",
     "hook-on-the-reader": "'next' carries",
+    "mean-over-channels": "reads several of its channels as one",
+    "channels-in-another-order-the-second-time": "is applied to more than one kind of input",
+    "read-unseen": "in code that cannot be recorded",
+    "read-by-nobody": "nothing reads its output",
     "kept": "is kept somewhere",
 }
 
@@ -190,6 +210,22 @@ def test_an_excluded_layer_takes_nothing_up(randomize):
     result = fold_batch_norm(net, images(), exclude=["1"])
     assert rows_of(result) == {"1": ("kept", "excluded"), "2": ("kept", "nonlinear_between")}
     assert all(torch.equal(value, kept[name]) for name, value in net[1].state_dict().items())
+
+
+def test_a_layer_without_weight_and_bias_that_works_elsewhere_too_takes_nothing_up(randomize):
+    """It is known by its mean."""
+    net = Written(
+        lambda n, x: n.second(n.first(x.relu())).sigmoid() + n.first(x.tanh()).sigmoid(),
+        first=nn.BatchNorm2d(6, affine=False),
+        second=nn.BatchNorm2d(6),
+    )
+    assert rows_of(fold_in_float64(randomize(net), images()))["second"] == ("kept", "tied")
+
+
+def test_a_frozen_layer_leaves_a_frozen_scale_and_shift(randomize):
+    net = randomize(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(6).requires_grad_(False), nn.Sigmoid()))
+    fold_batch_norm(net, images(), standalone="affine")
+    assert [parameter.requires_grad for parameter in net[1].parameters()] == [False, False]
 
 
 def test_what_is_left_becomes_scale_and_shift(randomize):

@@ -135,3 +135,13 @@ def test_a_cone_goes_down_to_every_reader():
     cone.descend(record.of_kind("conv")[0].outputs[0])
     assert sorted(operation.function for operation, _ in cone.readers) == ["relu", "sum"]
     assert sorted(operation.function for operation in cone.operations.values()) == ["cat", "flatten"]
+
+
+def test_whole_numbers_carry_no_channel():
+    """Neither a cast to them nor the places of maxima."""
+    net = Net(lambda n, a, b: (a.to(torch.int64), F.max_pool2d(b, 2, return_indices=True)[1]))
+    record = record_forward(net.eval(), torch.randn(2, 3, 8, 8))
+    for value in record.values:
+        if value.output:
+            origins = channel_origins(record, value.index)
+            assert {index for origin in origins for index, _ in origin} == {value.producer}

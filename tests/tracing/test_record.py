@@ -338,3 +338,44 @@ def test_module_calls_tell_who_called_whom_with_what():
     assert (calls[2].inputs, calls[2].outputs) == (conv.inputs, conv.outputs)
     assert calls[1].outputs == norm.outputs == calls[4].inputs
     assert calls[0].outputs == relu.outputs != norm.outputs
+
+
+def test_memory_that_was_freed_is_another_value_s():
+    """The allocator gives the same place again."""
+
+    class Freeing(nn.Module):
+        def forward(self, x):
+            for _ in range(8):
+                x = (x * 2) + x
+            return x
+
+    record = record_forward(Freeing(), torch.ones(1, 3, 64, 64))
+    memories = [record.values[operation.outputs[0]].memory for operation in record.operations]
+    assert len(set(memories)) == len(memories) == 16
+
+
+def test_views_share_a_memory():
+    class Views(nn.Module):
+        def forward(self, x):
+            y = x + 1
+            return y.flatten(1)[:, 2:].mul_(2) + y.transpose(1, 2).sum()
+
+    record = record_forward(Views(), torch.ones(1, 3, 4, 4))
+    memory = {operation.function: record.values[operation.outputs[0]].memory for operation in record.operations[:5]}
+    assert len({memory[name] for name in ("add", "flatten", "getitem", "mul_", "transpose")}) == 1
+    (writing,) = [operation for operation in record.operations if operation.overwrites]
+    assert (writing.function, writing.overwrites) == ("mul_", (memory["add"],))
+
+
+def test_parameters_are_no_values():
+    class Adding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.row = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return torch.cat([x + self.row, self.row[None]])
+
+    record = record_forward(Adding(), torch.ones(1, 4))
+    assert len(record.values) == 4
+    assert [operation.passing for operation in record.operations[:2]] == [None, None]

@@ -1,6 +1,5 @@
 """Fold a layer into what makes its input, through everything that only passes channels on."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -154,13 +153,19 @@ def _arrival(scene: Scene, norm: Norm, cone: Cone, size: int) -> _Arrival | Kept
     channel = torch.full((size,), -1, dtype=torch.int64)
     shifted = torch.zeros(size, dtype=torch.bool)
     unshifted: set[int] = set()
+    padded = torch.tensor(sorted(cone.passed_by(lambda passing: passing.may_pad)), dtype=torch.float64)
     for call in norm.calls:
         shape = "×".join(map(str, scene.record.values[call.input].shape))
-        for number, term in enumerate(cone.terms[call.input]):
-            tags, rows = _by_channel(term)
+        found = [_by_channel(term) for term in cone.terms[call.input] if term.numel()]
+        # In a sum the shift goes to one summand, which has to be there in every place.
+        everywhere = [
+            number for number, (tags, _) in enumerate(found) if (tags >= 0).all() and not torch.isin(tags, padded).any()
+        ]
+        taking = everywhere[0] if everywhere else 0
+        for number, (tags, rows) in enumerate(found):
             if (tags == MIXED).any():
                 return Kept("axis_mismatch", f"channels are mixed on the way to its input, {shape}")
-            if number == 0:
+            if number == taking:
                 unshifted.update(rows[tags < 0].tolist())  # nothing there that could take the shift
             arriving, at = tags[tags >= 0].long(), rows[tags >= 0]
             if len(arriving.unique()) < len(arriving) or not _agree(channel[arriving], at):
@@ -169,10 +174,16 @@ def _arrival(scene: Scene, norm: Norm, cone: Cone, size: int) -> _Arrival | Kept
                     f"{_names(scene, cone)} gives {shape}, where dim 1 is not its channels",
                 )
             known = channel[arriving] >= 0
-            if (shifted[arriving][known] != (number == 0)).any():
+            if (shifted[arriving][known] != (number == taking)).any():
                 return Kept("reused", f"the output of {_names(scene, cone)} is added to itself")
-            channel[arriving], shifted[arriving] = at, number == 0
-    return _Arrival(channel, shifted, tuple(_under_a_maximum(cone, channel)), tuple(sorted(unshifted)))
+            channel[arriving], shifted[arriving] = at, number == taking
+    positive = _channels(channel, cone.passed_by(lambda passing: passing.kind == "largest"))
+    unshifted |= _channels(channel, {int(tag) for tag in padded if shifted[int(tag)]})
+    return _Arrival(channel, shifted, tuple(sorted(positive)), tuple(sorted(unshifted)))
+
+
+def _channels(channel: Tensor, tags: set[int]) -> set[int]:
+    return {int(channel[tag]) for tag in tags if channel[tag] >= 0}
 
 
 def _by_channel(term: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,39 +202,20 @@ def _agree(known: Tensor, found: Tensor) -> bool:
     return bool(((known < 0) | (known == found)).all())
 
 
-def _under_a_maximum(cone: Cone, channel: Tensor) -> Iterator[int]:
-    tags = [
-        compact(term).flatten().unique()
-        for operation in cone.operations.values()
-        if operation.passing is not None and operation.passing.kind == "largest"
-        for output in operation.outputs
-        for term in cone.terms[output]
-    ]
-    if tags:
-        through = torch.cat(tags).unique()
-        channels = channel[through[through >= 0].long()]
-        yield from channels[channels >= 0].unique().tolist()
-
-
 def _exposed(scene: Scene, norm: Norm, cone: Cone, arrival: _Arrival) -> Kept | None:
     """Find who else would see a channel that is to change."""
     inside = cone.operations.keys() | norm.operations
+    bypassed: dict[int, set[int]] = {}
+    for call in scene.bypasses():
+        if call.output in cone.linked:
+            bypassed.setdefault(call.input, set()).update(call.operations)
     for index in sorted(cone.terms):
-        value = scene.record.values[index]
-        behind = [call for call in scene.bypasses() if call.input == index and call.output in cone.linked]
-        through = inside.union(*(call.operations for call in behind))
+        through = inside | bypassed.get(index, set())
         others = [reader for reader in scene.record.readers(index) if reader.index not in through]
         producer = scene.record.producer(index)
-        seen: Kept | None = None
+        seen = scene.seen_outside(index)
         if others:
             seen = Kept("multi_user", f"the output of {producer} is also read by {others[0]}")
-        elif value.output:
-            seen = Kept("output", f"the model returns the output of {producer}")
-        elif value.escaped:
-            seen = Kept("escaped", f"the output of {producer} is kept somewhere after the forward pass")
-        elif value.unseen:
-            unseen = value.unseen[0]
-            seen = Kept("opaque", f"the output of {producer} is read by {unseen} in code that cannot be recorded")
         if seen is not None:
             tags = torch.cat([compact(term).flatten() for term in cone.terms[index]])
             if (arrival.channel[tags[tags >= 0].long()] >= 0).any() or (tags == MIXED).any():

@@ -30,19 +30,18 @@ def fold_forward(scene: Scene, norm: Norm, mergeable: set[str]) -> FoldStep | Ke
     cone = Cone(scene.record, scene.bypasses())
     for call in norm.calls:
         cone.descend(call.output)
-    kept = scene.hook_on(cone.values) or _seen_outside(scene, cone)
+    kept = scene.hook_on(cone.values) or next(filter(None, map(scene.seen_outside, sorted(cone.values))), None)
     if kept:
         return kept
-    kept = _overwritten(scene, norm, cone)
-    if kept:
-        return kept
-    if not cone.readers:
-        return Kept("nonlinear_between", "nothing reads its output")
     stopped = cone.carry({call.output: tagged(_shape(scene, call.output), 1, 0) for call in norm.calls})
     if stopped is not None:
         return Kept("nonlinear_between", f"read by {stopped}")
     takers: dict[str, _Taker] = {}
+    # A reader of nothing (no boxes, say) tells nothing of channels.
+    idle = {operation.index for operation, value in cone.readers if 0 in _shape(scene, value)}
     for operation, value in cone.readers:
+        if operation.index in idle:
+            continue
         taker = _taker(scene, norm, operation, value, cone.terms[value], mergeable)
         if isinstance(taker, Kept):
             return taker
@@ -51,10 +50,13 @@ def fold_forward(scene: Scene, norm: Norm, mergeable: set[str]) -> FoldStep | Ke
             return Kept("reused", f"{taker.target.weight!r} is applied to more than one kind of input")
         before.operations |= taker.operations
         before.unshifted |= taker.unshifted
+    if not takers:
+        return Kept("nonlinear_between", "nothing reads its output")
     for taker in takers.values():
-        kept = require_sole_use(scene, taker.target, taker.operations)
+        kept = require_sole_use(scene, taker.target, taker.operations | idle)
         if kept:
             return kept
+    padded = cone.passed_by(lambda passing: passing.may_pad)
     targets = tuple(taker.target for taker in takers.values())
     merged = all(target.kind == "batch_norm" for target in targets)
     passed = {made.name for value in cone.linked if (made := scene.norm_that_made(value))}
@@ -64,9 +66,9 @@ def fold_forward(scene: Scene, norm: Norm, mergeable: set[str]) -> FoldStep | Ke
         targets,
         forward=True,
         behind=tuple(sorted(passed)),
-        positive=_under_a_maximum(cone),
+        positive=tuple(sorted(cone.passed_by(lambda passing: passing.kind == "largest"))),
+        unshifted=tuple(sorted(padded.union(*(taker.unshifted for taker in takers.values())))),
         roundabout="it is folded forward",
-        unshifted=tuple(sorted(set().union(*(taker.unshifted for taker in takers.values())))),
     )
 
 
@@ -124,42 +126,6 @@ def _channels(term: Tensor, axis: int) -> tuple[Tensor, Tensor] | None:
     if (rows == MIXED).any() or not ((lowest == highest) | empty).all():
         return None
     return torch.where(empty, ABSENT, lowest).long(), zero.any(1)
-
-
-def _overwritten(scene: Scene, norm: Norm, cone: Cone) -> Kept | None:
-    """Find who writes to what the layer reads, which its readers would then see instead of what it made."""
-    last = max((operation.index for operation, _ in cone.readers), default=0)
-    for call in norm.calls:
-        memory = scene.record.values[call.input].memory
-        for operation in scene.record.operations[min(call.operations) + 1 : last]:
-            if memory >= 0 and memory in operation.overwrites:
-                return Kept("multi_user", f"its input is overwritten by {operation} before its output is read")
-    return None
-
-
-def _under_a_maximum(cone: Cone) -> tuple[int, ...]:
-    """List the channels that a maximum is taken of on the way."""
-    found = [
-        compact(term).flatten().unique()
-        for operation in cone.operations.values()
-        if operation.passing is not None and operation.passing.kind == "largest"
-        for output in operation.outputs
-        for term in cone.terms[output]
-    ]
-    return tuple(sorted({int(tag) for tags in found for tag in tags if tag >= 0}))
-
-
-def _seen_outside(scene: Scene, cone: Cone) -> Kept | None:
-    for index in sorted(cone.values):
-        value, producer = scene.record.values[index], scene.record.producer(index)
-        if value.output:
-            return Kept("output", f"the model returns the output of {producer}")
-        if value.escaped:
-            return Kept("escaped", f"the output of {producer} is kept somewhere after the forward pass")
-        if value.unseen:
-            unseen = value.unseen[0]
-            return Kept("opaque", f"the output of {producer} is read by {unseen} in code that cannot be recorded")
-    return None
 
 
 def _shape(scene: Scene, value: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from bn_lightning.errors import FoldError
+from bn_lightning.folding.aliases import Aliases
 from bn_lightning.folding.backward import fold_backward
 from bn_lightning.folding.forward import fold_forward
 from bn_lightning.folding.norms import Norm, named_norms, require_norms
@@ -18,8 +19,10 @@ from bn_lightning.folding.spread import channel_spread
 from bn_lightning.folding.steps import FoldStep
 from bn_lightning.preservation import out_of_inference_mode
 from bn_lightning.selection import describe, unwrap
+from bn_lightning.tracing.calls import ExampleCall, example_calls
 from bn_lightning.tracing.record import ForwardRecord
 from bn_lightning.tracing.recorder import record_forward
+from bn_lightning.tracing.sizes import other_sizes
 
 __all__ = ["plan_fold", "require_foldable", "require_standalone"]
 
@@ -72,11 +75,12 @@ def plan_fold(
     require_standalone(standalone)
     picked = named_norms(network, _kept(include), _kept(exclude))
     with out_of_inference_mode():
-        record = record_forward(network, example_inputs, error=FoldError)
+        calls = example_calls(example_inputs, error=FoldError)
+        record = _record(network, calls)
         decisions = _Decisions(Scene(network, record), set(picked), standalone)
         rows = [decisions.row(name) for name in named_norms(network)]
         rows += _without_a_layer(record, {row.name for row in rows})
-    return FoldPlan(tuple(rows), tuple(decisions.steps), tuple(record.blind_spots))
+    return FoldPlan(tuple(rows), tuple(decisions.steps), record.of_calls(len(calls)).blind_spots)
 
 
 def require_foldable(network: nn.Module) -> None:
@@ -114,6 +118,7 @@ class _Decisions:
         self.scene = scene
         self.steps: list[FoldStep] = []
         self.numbers = Numbers(scene.model)
+        self.aliases = Aliases(scene.record)
         self._picked, self._standalone = picked, standalone
         self._why: dict[str, Kept] = dict(scene.kept)
         self._fixed = dict.fromkeys(scene.kept)
@@ -143,8 +148,9 @@ class _Decisions:
         """Fold a layer one way, or note why not beside what was noted before."""
         mergeable = self.scene.norms.keys() - self.scene.gone - self._fixed.keys() - {norm.name}
         step = direction(self.scene, norm, mergeable)
-        kept = step if isinstance(step, Kept) else self.numbers.apply(step)
+        kept = step if isinstance(step, Kept) else self.aliases.conflict(norm) or self.numbers.apply(step)
         if kept is None:
+            self.aliases.leave_out(norm)
             self.steps.append(replace(step, order=self._order(step)))
             self.scene.gone.add(norm.name)
             self._why.pop(norm.name, None)
@@ -163,7 +169,7 @@ class _Decisions:
     def _stand_alone(self, norm: Norm) -> None:
         if not norm.calls:
             self._why.setdefault(norm.name, Kept("not_reached", "no example call reaches it"))
-        if self._standalone == "affine" and norm.name not in self._fixed:
+        if self._standalone == "affine" and norm.name and norm.name not in self._fixed:  # nothing holds the root itself
             self.steps.append(FoldStep(norm, "affine"))
 
     def row(self, name: str) -> FoldRow:
@@ -190,6 +196,16 @@ def _both(backward: Kept | None, forward: Kept) -> Kept:
         return forward
     code = forward.reason if forward.reason == "zero_padding" else backward.reason
     return Kept(code, f"{backward.detail}; {forward.detail}")
+
+
+def _record(network: nn.Module, calls: list[ExampleCall]) -> ForwardRecord:
+    """Record the user's calls, and the first of them in another size, where the network takes one."""
+    for other in other_sizes(calls[0]):
+        try:
+            return record_forward(network, [*calls, other], error=FoldError)
+        except FoldError:
+            continue
+    return record_forward(network, calls, error=FoldError)
 
 
 def _without_a_layer(record: ForwardRecord, known: set[str]) -> Iterator[FoldRow]:

@@ -70,6 +70,18 @@ class Scene:
         """Return the layer that an operation on its input belongs to."""
         return self._readers.get((value, operation.index))
 
+    def seen_outside(self, index: int) -> Kept | None:
+        """Say how a value is seen otherwise than by recorded operations, if it is."""
+        value, producer = self.record.values[index], self.record.producer(index)
+        if value.output:
+            return Kept("output", f"the model returns the output of {producer}")
+        if value.escaped:
+            return Kept("escaped", f"the output of {producer} is kept somewhere after the forward pass")
+        if value.unseen:
+            unseen = value.unseen[0]
+            return Kept("opaque", f"the output of {producer} is read by {unseen} in code that cannot be recorded")
+        return None
+
     def hook_on(self, values: Collection[int]) -> Kept | None:
         """Find a hook that is handed one of some values."""
         for call, kind in self._hooked:
@@ -103,7 +115,11 @@ def _shapes(channels: int, dims: Iterable[int]) -> list[tuple[int, ...]]:
 
 def _is_affine(module: nn.Module, scale: Tensor, shift: Tensor, shape: tuple[int, ...]) -> bool:
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    per_channel = (-1, *[1] * (len(shape) - 2))
+    return all(_is_affine_of(module, scale, shift, x * size) for size in (1e-3, 1.0, 1e6))
+
+
+def _is_affine_of(module: nn.Module, scale: Tensor, shift: Tensor, x: Tensor) -> bool:
+    per_channel = (-1, *[1] * (x.dim() - 2))
     try:
         found = module(x)
     except Exception:

@@ -90,6 +90,8 @@ def example_calls(example_inputs: Any, *, error: type[BatchNormError] = BatchNor
 
 
 def _one_call(item: Any, error: type[BatchNormError]) -> ExampleCall:
+    if isinstance(item, ExampleCall):
+        return item
     if isinstance(item, Tensor):
         return ExampleCall((item,))
     if isinstance(item, tuple):

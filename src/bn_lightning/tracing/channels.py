@@ -1,12 +1,12 @@
 """Follow channels through a recorded forward pass, up to where they are made or down to where they are read."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bn_lightning.tracing.passing import ABSENT, Terms, replay
+from bn_lightning.tracing.passing import ABSENT, Passing, Terms, replay
 from bn_lightning.tracing.record import ForwardRecord, Operation
 
 __all__ = ["Bypass", "Cone", "channel_axis", "channel_origins", "compact", "tagged"]
@@ -120,6 +120,17 @@ class Cone:
                 return step
             self.terms.update(zip(step.outputs, found, strict=True))
         return None
+
+    def passed_by(self, chosen: Callable[[Passing], bool]) -> set[int]:
+        """Return the tags of what some of its operations made."""
+        found = [
+            compact(term).flatten().unique()
+            for operation in self.operations.values()
+            if operation.passing is not None and chosen(operation.passing)
+            for output in operation.outputs
+            for term in self.terms[output]
+        ]
+        return {int(tag) for tags in found for tag in tags if tag >= 0}
 
 
 def tagged(shape: tuple[int, ...], axis: int, first: int) -> Terms:

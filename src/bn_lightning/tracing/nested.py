@@ -1,7 +1,7 @@
 """Walk the tensors in whatever a forward pass takes or returns."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -38,7 +38,7 @@ def iter_leaves(tree: Any, kind: type[_Leaf]) -> Iterator[_Leaf]:
 
 
 def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Rebuild nested tuples, lists and dicts with every tensor changed; anything else stays the same object.
+    """Rebuild nested tuples, lists, dicts and dataclasses with every tensor changed; the rest stays the same.
 
     Example:
         >>> import torch
@@ -49,9 +49,14 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def map_leaves(tree: Any, kind: type[_Leaf], change: Callable[[_Leaf], Any]) -> Any:
-    """Rebuild nested tuples, lists and dicts with every object of one kind changed."""
+    """Rebuild nested tuples, lists, dicts and dataclasses with every object of one kind changed."""
     if isinstance(tree, kind):
         return change(tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(
+            tree,
+            **{each.name: map_leaves(getattr(tree, each.name), kind, change) for each in fields(tree) if each.init},
+        )
     if isinstance(tree, tuple):
         branches = [map_leaves(branch, kind, change) for branch in tree]
         return type(tree)(*branches) if hasattr(tree, "_fields") else tuple(branches)

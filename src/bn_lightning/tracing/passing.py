@@ -29,7 +29,7 @@ _MOVES = frozenset(
         "moveaxis", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "getitem", "squeeze", "unsqueeze",
         "cat", "concat", "concatenate", "stack", "roll", "flip", "narrow", "select", "expand", "expand_as", "repeat",
         "repeat_interleave", "tile", "view_as", "reshape_as", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
-        "native_channel_shuffle", "index_select", "T", "mT", "pad",
+        "native_channel_shuffle", "T", "mT", "pad",
     }
 )
 # A cast, a copy or a move to another device leaves every value in its place.
@@ -80,6 +80,14 @@ class Passing:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+    @property
+    def may_pad(self) -> bool:
+        """Whether it puts zeros beside values; an amount of 0 here may be more for an input of another size."""
+        if function_name(self.function) != "pad":
+            return False
+        given = {**dict(zip(("input", "pad", "mode", "value"), self.args, strict=False)), **self.kwargs}
+        return given.get("mode", "constant") == "constant" and not all(amount < 0 for amount in given["pad"])
 
     def read(self) -> Iterator[int]:
         """Yield the values it reads, as often as it reads them."""

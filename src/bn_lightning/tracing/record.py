@@ -27,6 +27,7 @@ class Value:
         escaped: Whether it outlived the forward pass in some other way, such as ``self.cache = value``.
         unseen: Kernels that read it behind the recorder's back (TorchScript, C++, ``torch.vmap``).
         memory: The same number for values that lie in the same memory, views of one another; −1 if unknown.
+        strides: Of the tensor, in elements; empty where it has none (sparse).
     """
 
     index: int
@@ -38,6 +39,7 @@ class Value:
     escaped: bool
     unseen: tuple[str, ...]
     memory: int = -1
+    strides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class ModuleCall:
         end: Index after the last operation before it returned.
         inputs: Values among its positional arguments.
         outputs: Values it returned.
+        arguments: How many positional arguments it was given, tensors and others.
         parent: Place in `ForwardRecord.module_calls` of the call it was made from, ``None`` for the outermost.
     """
 
@@ -119,6 +122,7 @@ class ModuleCall:
     end: int
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    arguments: int
     parent: int | None
 
 
@@ -156,6 +160,19 @@ class ForwardRecord:
     def of_kind(self, kind: str) -> tuple[Operation, ...]:
         """Return the operations of one kind, in execution order."""
         return tuple(operation for operation in self.operations if operation.kind == kind)
+
+    def of_calls(self, number: int) -> "ForwardRecord":
+        """Return the record of the first example calls alone."""
+        operations = tuple(operation for operation in self.operations if operation.call < number)
+        values = {index for operation in operations for index in (*operation.inputs, *operation.outputs)}
+        end = len(operations)
+        return ForwardRecord(
+            operations,
+            self.values[: max(values, default=-1) + 1],
+            {name: tuple(index for index in readers if index < end) for name, readers in self.tensor_reads.items()},
+            self.unseen_tensors,
+            tuple(call for call in self.module_calls if call.call < number),
+        )
 
     @property
     def blind_spots(self) -> tuple[str, ...]:

@@ -92,6 +92,7 @@ class _OpenValue:
     escaped: bool = False
     unseen: list[str] = field(default_factory=list)
     memory: int = -1
+    strides: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -105,6 +106,7 @@ class _OpenCall:
     parent: int | None
     end: int = -1
     outputs: tuple[int, ...] = ()
+    arguments: int = 0
 
 
 class _Recorder:
@@ -167,7 +169,18 @@ class _Recorder:
 
     def record(self) -> ForwardRecord:
         values = tuple(
-            Value(index, v.shape, v.dtype, v.producer, tuple(v.readers), v.output, v.escaped, tuple(v.unseen), v.memory)
+            Value(
+                index,
+                v.shape,
+                v.dtype,
+                v.producer,
+                tuple(v.readers),
+                v.output,
+                v.escaped,
+                tuple(v.unseen),
+                v.memory,
+                v.strides,
+            )
             for index, v in enumerate(self.values)
         )
         return ForwardRecord(
@@ -176,7 +189,8 @@ class _Recorder:
             {name: tuple(readers) for name, readers in self.tensor_reads.items()},
             {name: tuple(kernels) for name, kernels in self.unseen_tensors.items()},
             tuple(
-                ModuleCall(c.module, c.call, c.first, c.end, c.inputs, c.outputs, c.parent) for c in self._module_calls
+                ModuleCall(c.module, c.call, c.first, c.end, c.inputs, c.outputs, c.arguments, c.parent)
+                for c in self._module_calls
             ),
         )
 
@@ -305,6 +319,8 @@ class _Recorder:
             alive[key] = (weakref.ref(tensor, lambda _: alive.pop(key, None)), {})
         alive[key][1][_version(tensor)] = index
         self.values[index].memory = self._memory_of(tensor)
+        if tensor.layout == torch.strided and not tensor.is_nested:
+            self.values[index].strides = tuple(tensor.stride())
         return index
 
     def _memory_of(self, tensor: Tensor) -> int:
@@ -340,6 +356,7 @@ class _Recorder:
             left = self._module_calls[self._module_stack.pop()]
             with self._muting():
                 made = [self._value_of(tensor) for tensor in iter_tensors(output)]
+            left.arguments = len(args)
             left.end, left.outputs = len(self.operations), tuple(index for index in made if index is not None)
 
     @contextmanager

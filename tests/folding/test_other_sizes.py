@@ -1,0 +1,128 @@
+"""What holds for the example inputs' size has to hold for others."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from folding.nets import Written, rows_of
+from torch import nn
+
+from bn_lightning import fold_batch_norm, plan_fold
+from bn_lightning.tracing.calls import ExampleCall
+from bn_lightning.tracing.sizes import other_sizes
+
+
+def images(batch=1, size=8, seed=5):
+    return torch.randn(batch, 6, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def conv_and(body, norm=None, **more):
+    return lambda: Written(body, conv=nn.Conv2d(6, 4, 3), bn=norm or nn.BatchNorm2d(4), **more)
+
+
+def with_next(body, **options):
+    return lambda: Written(body, bn=nn.BatchNorm2d(6), next=nn.Conv2d(6, 4, 3, **options))
+
+
+def same_pad(x):
+    """As much as makes the size a multiple of four: none for 8, one for 7."""
+    return F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+
+
+def of_at_most_ten_pixels(n, x):
+    if x.shape[3] > 10 or len(x) > 1:
+        raise ValueError("too large")
+    return n.bn(same_pad(n.conv(x))).tanh()
+
+
+SIZES = {
+    # name: network, size of the example, another one
+    "pads-nothing-at-this-size": (conv_and(lambda n, x: n.bn(same_pad(n.conv(x))).tanh()), (1, 10), (1, 9)),
+    "pads-nothing-at-the-largest-size": (conv_and(of_at_most_ten_pixels), (1, 10), (1, 9)),
+    "forward-over-a-pad-of-nothing": (
+        with_next(lambda n, x: n.next(same_pad(n.bn(x.relu())))),
+        (1, 8),
+        (1, 9),
+    ),
+    "padding-that-is-never-reached": (
+        with_next(lambda n, x: n.next(F.pad(n.bn(x.relu()), (-1, 0, -1, 0))), stride=2, padding=(0, 1)),
+        (1, 9),
+        (1, 10),
+    ),
+    "sums-over-a-batch-of-one": (
+        conv_and(lambda n, x: n.bn(n.conv(x).sum(0, keepdim=True)).tanh()),
+        (1, 8),
+        (3, 8),
+    ),
+    "another-way-for-a-batch": (
+        conv_and(lambda n, x: n.bn(n.conv(x) if len(x) == 1 else n.conv(x).relu())),
+        (1, 8),
+        (2, 8),
+    ),
+    "another-way-for-a-size": (
+        conv_and(lambda n, x: n.bn(n.conv(x) if x.shape[3] % 2 == 0 else n.conv(x).relu())),
+        (1, 8),
+        (1, 9),
+    ),
+    "rows-of-one-image": (
+        conv_and(lambda n, x: n.bn(n.conv(x).reshape(1, 4, -1)).tanh(), nn.BatchNorm1d(4)),
+        (1, 8),
+        (2, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "given", "other"), SIZES.values(), ids=SIZES.keys())
+def test_the_folded_network_is_right_at_another_size(randomize, make, given, other):
+    net = randomize(make())
+    unfolded = copy.deepcopy(net)
+    result = fold_batch_norm(net, images(*given))
+    for size in (given, other):
+        torch.testing.assert_close(net(images(*size)), unfolded(images(*size)))
+    assert rows_of(result)["bn"][0] == "kept"
+
+
+def test_a_network_of_one_size_is_folded_as_it_is(randomize):
+    net = nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
+    assert rows_of(fold_batch_norm(randomize(net), images())) == {"1": ("folded-backward", "0")}
+
+
+def test_a_network_of_one_size_and_batch_is_folded_as_it_is(randomize):
+    net = conv_and(lambda n, x: n.bn(n.conv(x)).view(1, 4, 36))
+    assert rows_of(fold_batch_norm(randomize(net()), images())) == {"bn": ("folded-backward", "conv")}
+
+
+def test_inputs_without_a_common_batch_are_taken_as_they_are(randomize):
+    net = randomize(conv_and(lambda n, x, y: n.bn(n.conv(x)) * y.mean())())
+    assert rows_of(fold_batch_norm(net, (images(2), torch.ones(3)))) == {"bn": ("folded-backward", "conv")}
+
+
+def test_other_sizes_are_no_blind_spot(randomize):
+    def fork(n, x):
+        y = n.bn(n.conv(x))
+        return y.tanh() if len(x) == 1 else setattr(n, "cache", y.relu()) or y
+
+    net = randomize(conv_and(fork)())
+    assert plan_fold(net, images()).blind_spots == ()
+    assert len(plan_fold(net, [images(), images(2)]).blind_spots) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((torch.ones(1, 3, 4, 4),), ["(float32[2, 3, 5, 5])", "(float32[2, 3, 4, 4])"]),
+        ((torch.ones(2, 3, 4, 4, 4),), ["(float32[4, 3, 5, 5, 5])", "(float32[4, 3, 4, 4, 4])"]),
+        ((torch.ones(2, 3),), ["(float32[4, 3])"]),
+        (
+            (torch.ones(2, 3, 4), torch.ones(2, 7, 7, dtype=torch.int64)),
+            ["(float32[4, 3, 5], int64[4, 7, 7])", "(float32[4, 3, 4], int64[4, 7, 7])"],
+        ),
+        ((torch.ones(2, 3), torch.ones(3)), []),
+        ((torch.tensor(1.0),), []),
+        ((3,), []),
+    ],
+    ids=["image", "volume", "features", "sequence-and-labels", "no-common-batch", "scalar", "no-tensor"],
+)
+def test_variants_of_a_call(given, expected):
+    assert [str(call) for call in other_sizes(ExampleCall(given))] == expected
