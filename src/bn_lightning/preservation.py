@@ -13,7 +13,15 @@ from torch.nn.parameter import is_lazy
 
 from bn_lightning.errors import BatchNormError
 
-__all__ = ["eagerly", "in_float64", "on_device", "out_of_inference_mode", "preserved", "preserved_rng"]
+__all__ = [
+    "eagerly",
+    "in_float64",
+    "on_device",
+    "out_of_inference_mode",
+    "preserved",
+    "preserved_rng",
+    "without_autocast",
+]
 
 _BN_SETTINGS = ("momentum", "eps", "affine", "track_running_stats")
 
@@ -142,6 +150,22 @@ def out_of_inference_mode() -> Iterator[None]:
     Tensors made in inference mode have to be cloned inside before use.
     """
     with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Run a model in the dtypes it has, also where the caller is inside ``torch.autocast``.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16), without_autocast(nn.Linear(2, 2)):
+        ...     torch.is_autocast_enabled("cpu")
+        False
+    """
+    with ExitStack() as stack:
+        for kind in {"cpu", *(parameter.device.type for parameter in model.parameters())} - {"meta"}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -15,7 +15,7 @@ from bn_lightning.folding.plan import plan_fold, require_foldable
 from bn_lightning.folding.report import FoldReport
 from bn_lightning.folding.settle import fold_and_verify
 from bn_lightning.folding.surgery import Surgery
-from bn_lightning.preservation import out_of_inference_mode, preserved
+from bn_lightning.preservation import out_of_inference_mode, preserved, without_autocast
 from bn_lightning.selection import unwrap
 from bn_lightning.tracing.calls import ExampleCall, example_calls
 
@@ -38,13 +38,25 @@ class FoldResult:
     def undo(self) -> None:
         """Restore the network bit for bit: the same Parameters, modules and order. Again is harmless.
 
-        Where the network was moved, cast or put in another mode meanwhile, the BatchNorm layers follow it.
+        Where the network was moved, cast or put in another mode meanwhile, the BatchNorm layers follow it. What folded
+        weights have learned meanwhile is lost.
+
+        Raises:
+            FoldError: If another fold of the same network came later and is not undone.
         """
+        self._surgery.require_last()
         self._surgery.undo()
 
     @contextmanager
     def unfolded(self) -> Iterator[nn.Module]:
-        """Lend the network out unfolded, for a checkpoint say, and fold it again afterwards."""
+        """Lend the network out unfolded, for a checkpoint say, and fold it again afterwards.
+
+        Raises:
+            FoldError: If folded weights were changed since (by training, say), which would be lost; or if another fold
+                of the same network came later.
+        """
+        self._surgery.require_last()
+        self._surgery.require_unchanged()
         steps = self._surgery.steps
         self._surgery.undo()
         try:
@@ -66,6 +78,7 @@ class FoldResult:
             FoldError: If the keys or shapes do not fit, or the new numbers do not allow a fold (statistics that are not
                 finite, a negative scale under max pooling, …). The network is then folded, with what it held before.
         """
+        self._surgery.require_last()
         steps, before = self._surgery.steps, None
         self._surgery.undo()
         try:
@@ -167,7 +180,7 @@ def fold_batch_norm(
         network = _copied(network)
     surgery = Surgery(network)
     try:
-        with preserved(network), out_of_inference_mode():
+        with preserved(network), out_of_inference_mode(), without_autocast(network):
             plan = plan_fold(network, example_inputs, include, exclude, standalone=standalone)
             report = fold_and_verify(surgery, plan, calls)
             result = FoldResult(network, report, surgery)

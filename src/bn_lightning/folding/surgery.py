@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from bn_lightning.layers.channel_affine import ChannelAffine
 from bn_lightning.preservation import out_of_inference_mode
 
 __all__ = ["Surgery"]
+
+# Of each network the folds that stand, oldest first. Tokens, since whatever holds a Surgery keeps its network alive.
+_FOLDS: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
 
 
 class Surgery:
@@ -31,8 +35,11 @@ class Surgery:
         self.model = model
         self.steps: tuple[FoldStep, ...] = ()
         self._way_back: list[Callable[[], object]] = []
-        # The same ones every time: a hook on one outlives `FoldResult.unfolded`.
+        self._token = object()
+        self._written: list[tuple[str, Tensor, int]] = []
+        # The same ones every time: a hook on one outlives `FoldResult.unfolded`, and optimizers hold parameters.
         self._stand_ins: dict[str, nn.Module] = {}
+        self._new_parameters: dict[str, nn.Parameter] = {}
 
     @property
     def is_folded(self) -> bool:
@@ -58,12 +65,14 @@ class Surgery:
             written = {target.layer: target for step in steps for target in step.targets}
             affines = {step.name: numbers.affine(step.norm) for step in steps if not step.targets}
             self.steps = tuple(steps)
+            _FOLDS.setdefault(self.model, []).append(self._token)
             for target in written.values():
                 like = reference_tensor(self.model, target)
                 for name in target.tensors:
                     self._write(name, numbers.changed[name], like)
             for step in steps:
                 self._replace(step, affines.get(step.name))
+        torch.clear_autocast_cache()  # it holds casts of the weights as they were
 
     def undo(self) -> None:
         """Take every fold back, bit for bit; again is harmless."""
@@ -71,21 +80,50 @@ class Surgery:
             while self._way_back:
                 self._way_back[-1]()
                 self._way_back.pop()
-        self.steps = ()
+        torch.clear_autocast_cache()
+        self.steps, self._written = (), []
+        folds = _FOLDS.get(self.model, [])
+        if self._token in folds:
+            folds.remove(self._token)
 
-    def stand_in(self, name: str) -> nn.Module:
-        """Return what stands where a layer was."""
-        return self._stand_ins[name]
+    def require_last(self) -> None:
+        """Refuse to take this fold back under a later one of the same network.
+
+        Raises:
+            FoldError: If there is one.
+        """
+        folds = _FOLDS.get(self.model, [])
+        if self._token in folds[:-1]:
+            raise FoldError(
+                f"{type(self.model).__name__} was folded again after this fold, and the later one stands on its "
+                "weights. Undo the later fold first."
+            )
+
+    def require_unchanged(self) -> None:
+        """Refuse to unfold for a while what has other weights than it was given.
+
+        Raises:
+            FoldError: If a folded weight was written to, naming it.
+        """
+        for name, tensor, version in self._written:
+            if owned_tensor(self.model, name) is not tensor or _version(tensor) != version:
+                raise FoldError(
+                    f"{name!r} was changed since it was folded (by training, or by loading weights), and unfolding "
+                    "would lose that. Keep the folded network as it is, or take the fold back with undo()."
+                )
 
     def _write(self, name: str, value: Tensor, like: Tensor) -> None:
         owner, _, key = name.rpartition(".")
         module, tensor = self.model.get_submodule(owner), owned_tensor(self.model, name)
         self._way_back.append(_tensor_restorer(module, key, tensor))
-        value = value.to(like.device, like.dtype)
         if tensor is None:
-            setattr(module, key, nn.Parameter(value, requires_grad=like.requires_grad))
+            tensor = self._new_parameters.setdefault(name, nn.Parameter(torch.empty(0)))
+            tensor.data = value.to(like.device, like.dtype)
+            tensor.requires_grad_(like.requires_grad)
+            setattr(module, key, tensor)
         else:
-            tensor.data.copy_(value)
+            _overwrite(tensor, value)
+        self._written.append((name, tensor, _version(tensor)))
 
     def _replace(self, step: FoldStep, affine: tuple[Tensor, Tensor] | None) -> None:
         layer = self.model.get_submodule(step.name)
@@ -103,8 +141,8 @@ class Surgery:
         for parent in list(self.model.modules()):
             for key, child in list(parent._modules.items()):
                 if child is layer:
-                    self._way_back.append(partial(parent._modules.__setitem__, key, layer))
-                    parent._modules[key] = stand_in
+                    self._way_back.append(partial(_put, parent, key, layer))
+                    _put(parent, key, stand_in)
 
 
 def _stand_in(layer: nn.Module, tail: Sequence[str], affine: tuple[Tensor, Tensor] | None) -> nn.Module:
@@ -115,6 +153,10 @@ def _stand_in(layer: nn.Module, tail: Sequence[str], affine: tuple[Tensor, Tenso
         return nn.Identity() if scale_and_shift is None else scale_and_shift
     own: list[tuple[str, nn.Module]] = [] if scale_and_shift is None else [("affine", scale_and_shift)]
     return nn.Sequential(OrderedDict([*own, *children]))
+
+
+def _put(parent: nn.Module, key: str, child: nn.Module) -> None:
+    parent._modules[key] = child  # looked up at the time: ``del sequential[3]`` makes a new dict
 
 
 def _scale_and_shift(stand_in: nn.Module) -> ChannelAffine:
@@ -134,12 +176,21 @@ def _set_affine(scale_and_shift: ChannelAffine, layer: nn.Module, affine: tuple[
         held.requires_grad_(trainable)
 
 
+def _overwrite(tensor: Tensor, value: Tensor) -> None:
+    # With its version counted on, so that a backward pass that still needs the old value says so.
+    (tensor.data if tensor.is_inference() else tensor).copy_(value)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def _tensor_restorer(module: nn.Module, key: str, tensor: Tensor | None) -> Callable[[], object]:
     stash = None if tensor is None else tensor.detach().clone(memory_format=torch.preserve_format)
 
     def restore() -> None:
         if tensor is not None and stash is not None:
-            tensor.data.copy_(stash)
+            _overwrite(tensor, stash)
         setattr(module, key, tensor)
 
     return restore
