@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from folding.nets import Written, fold_in_float64, rows_of
 from torch import nn
 
@@ -177,7 +178,44 @@ class Leaking(HandWritten):
         return self.scaled + shift.view(1, -1, 1, 1)
 
 
-@pytest.mark.parametrize("make", [Parallel, Peeking, Gated, Leaking])
+class Clamped(HandWritten):
+    """An affine of everything but the largest numbers."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-1e12, 1e12)
+
+
+class WithoutNan(HandWritten):
+    def forward(self, x):
+        return super().forward(x).nan_to_num()
+
+
+class Scaling(nn.Module):
+    def forward(self, x, factor=1.0):
+        return x * factor
+
+
+class GivingMore(nn.BatchNorm2d):
+    """Its child takes more than the normalized values."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = Scaling()
+
+    def forward(self, x):
+        return self.act(super().forward(x), 2.0)
+
+
+class Doubled(FrozenBatchNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Parallel, Peeking, Gated, Leaking, Clamped, WithoutNan, GivingMore, Doubled],
+    ids=lambda kind: kind.__name__,
+)
 @pytest.mark.parametrize("standalone", ["keep", "affine"])
 def test_a_forward_of_its_own_that_does_more_stays(randomize, make, standalone):
     net = randomize(behind_a_conv(make(4)))
@@ -197,3 +235,40 @@ def test_children_that_run_in_one_call_only_stay_with_their_layer(randomize):
 
     net = randomize(behind_a_conv(Sometimes(4)))
     assert rows_of(fold_batch_norm(net, [images(), images()[:1]])) == {"1": ("kept", "subclass")}
+
+
+class Borrowing(HandWritten):
+    """Uses what belongs to another layer."""
+
+    def __init__(self, channels, other):
+        super().__init__(channels)
+        self.other = [other]
+
+    def forward(self, x):
+        return super().forward(x) + 0 * self.other[0].weight[0, 0, 0, 0]
+
+
+def test_a_forward_that_uses_another_layers_weight_stays(randomize):
+    conv = nn.Conv2d(6, 4, 3)
+    net = randomize(nn.Sequential(conv, Borrowing(4, conv), nn.Sigmoid()))
+    (row,) = fold_batch_norm(net, images()).report.rows
+    assert (row.reason, row.detail) == ("subclass", "Borrowing also uses '0.weight'")
+
+
+class ByTheBatch(nn.BatchNorm2d):
+    """Normalizes by the batch whatever its mode."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=True)
+
+
+def test_a_layer_that_never_evaluates_stays(randomize):
+    net = randomize(behind_a_conv(ByTheBatch(4)))
+    assert rows_of(fold_batch_norm(net, images())) == {"1": ("kept", "training")}
+
+
+def test_the_root_itself_is_held_by_nobody(randomize):
+    """There is no place to put a scale and shift."""
+    net = randomize(nn.BatchNorm2d(6))
+    assert rows_of(fold_batch_norm(net, images(), standalone="affine"))[""][0] == "kept"
+    assert isinstance(net, nn.BatchNorm2d)

@@ -95,6 +95,31 @@ def test_outputs_stay_and_undo_restores(program: Program):
         assert all(torch.equal(tensor, restored[name]) for name, tensor in state.items())
 
 
+def input_gradient(net, x):
+    """Autograd refuses some operations in place; then there is none."""
+    x.requires_grad_(True)
+    try:
+        outputs = net(x.clone())
+        return torch.autograd.grad(sum(output.square().sum() for output in outputs), x, allow_unused=True)[0]
+    except RuntimeError:
+        return None
+
+
+@bounded(250)
+@given(programs())
+def test_gradients_stay(program: Program):
+    note(str(program))
+    net = program.build()
+    expected = input_gradient(copy.deepcopy(net), images())
+    result = fold_batch_norm(net, images())
+    if expected is None or not expected.any():
+        return
+    assert "unverified" not in [row.reason for row in result.report.rows], str(result)
+    found = input_gradient(net, images())
+    assert found is not None, "the folded network can no longer be differentiated"
+    assert_same([found], [expected])
+
+
 @bounded(600)
 @given(programs())
 def test_the_plan_is_what_the_oracle_finds(program: Program):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ COUNTER = iter(range(10**6))
         pytest.param(lambda y: y[:0], "no floating-point values", id="empty"),
         pytest.param(lambda y: (), "no floating-point values", id="nothing"),
         pytest.param(lambda y: y * 0, "zero throughout", id="zeros"),
-        pytest.param(lambda y: {"a": y, "b": y / 0}, "nan or inf", id="infinite"),
+        pytest.param(lambda y: {"a": y / 0, "b": y * float("nan")}, "nan or inf throughout", id="infinite"),
         pytest.param(lambda y: y + next(COUNTER), "changes from run to run", id="nondeterministic"),
     ],
 )
@@ -129,6 +130,50 @@ def test_a_comparison_that_proves_nothing_fails(randomize, images, end, words):
     assert report.summary == "folded 0 of 1", "no errors of a fold that is none"
     assert (report.native_error_before, report.native_error_after) == (None, None)
     assert isinstance(net.bn, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(lambda y: y.masked_fill(y.argmax(1, keepdim=True) == 0, float("-inf")), id="masked"),
+        pytest.param(lambda y: {"a": y, "b": y / 0, "c": y.detach() * float("nan")}, id="beside-finite-ones"),
+    ],
+)
+def test_infinities_have_to_stand_in_the_same_places(randomize, images, end):
+    report = fold_batch_norm(randomize(Ending(end)), images).report
+    assert (report.rows[0].action, report.verified_in) == ("folded-backward", "float64")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([1.0, float("inf")], 0.0),
+        ([1.5, float("inf")], 0.5),
+        ([1.0, float("-inf")], float("inf")),
+        ([1.0, 2.0], float("inf")),
+        ([float("inf"), float("inf")], float("inf")),
+        ([float("nan"), float("inf")], float("inf")),
+    ],
+)
+def test_the_error_beside_an_infinity(found, expected):
+    assert relative_error([torch.tensor(found)], [torch.tensor([1.0, float("inf")])]) == expected
+
+
+def test_inputs_in_a_dataclass_are_cast_too(randomize):
+    @dataclass
+    class Batch:
+        images: torch.Tensor
+        labels: torch.Tensor
+        name: str = "batch"
+
+    class Net(Ending):
+        def forward(self, batch):
+            assert batch.name == "batch"
+            return super().forward(batch.images) * batch.labels.sum()
+
+    given = torch.randn(2, 6, 5, 5)
+    report = fold_batch_norm(randomize(Net(lambda y: y)), (Batch(given, torch.tensor([1, 2])),)).report
+    assert (report.rows[0].action, report.verified_in) == ("folded-backward", "float64")
 
 
 def test_nested_outputs_are_all_compared(randomize, images, wrong_fold):

@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Norm", "inspect_norm", "is_norm", "join", "named_norms"]
 
+# What a frozen layer is written with. A clamp, say, would pass every test on numbers within its limits.
+# fmt: off
+_ARITHMETIC = frozenset(
+    {
+        "add", "add_", "radd", "iadd", "sub", "sub_", "rsub", "isub", "mul", "mul_", "rmul", "imul", "div", "div_",
+        "truediv", "rsqrt", "sqrt", "pow", "reciprocal", "neg", "addcmul", "batch_norm", "instance_norm", "view",
+        "reshape", "unsqueeze", "getitem", "expand", "to", "float", "half", "bfloat16", "double", "type", "type_as",
+        "contiguous", "detach", "clone",
+    }
+)
+# fmt: on
 _PLAIN_FORWARDS = (_BatchNorm.forward, SyncBatchNorm.forward)
 
 
@@ -61,8 +72,8 @@ class Norm:
 def is_norm(module: nn.Module) -> bool:
     """Tell whether a module is a BatchNorm layer, of torch's family or by what it holds.
 
-    Frozen BatchNorm of torchvision, detectron2 and transformers is no subclass of torch's: it is a module without
-    children that holds ``running_mean`` and ``running_var``.
+    Frozen BatchNorm of torchvision, detectron2 and transformers is no subclass of torch's: it is a module that holds
+    ``running_mean`` and ``running_var``.
 
     Example:
         >>> is_norm(nn.BatchNorm2d(3)), is_norm(nn.LayerNorm(3))
@@ -106,6 +117,10 @@ def inspect_norm(scene: "Scene", name: str, module: nn.Module) -> Norm | Kept:
     known = [body for body in bodies if body is not None]
     if len(known) < len(bodies) or any(body.tail != known[0].tail for body in known):
         return _own_forward(module)
+    for body in known:
+        given, made = (scene.record.values[index].dtype for index in (body.call.input, body.call.output))
+        if given != made:
+            return Kept("dtype", f"it makes {made} of {given}".replace("torch.", ""))
     if all(body.batch_norm for body in known):
         return _plain(name, known)
     return _by_what_it_holds(scene, name, module, known)
@@ -169,7 +184,7 @@ def _body(record: ForwardRecord, place: int, call: ModuleCall) -> _Body | None:
             return None
     last = output
     for child in children:
-        if child.inputs != (last,) or len(child.outputs) != 1:
+        if child.inputs != (last,) or child.arguments != 1 or len(child.outputs) != 1:
             return None
         last = child.outputs[0]
     if output not in made or last != call.outputs[0]:
@@ -189,7 +204,8 @@ def _used_elsewhere(scene: "Scene", name: str, seen: set[int], unclear: bool) ->
                 return Kept("tied", f"its {role} is also {others[0]!r}")
             if reader.index in seen or (unclear and reader.module == name):
                 continue
-            if reader.kind == "batch_norm" and reader.layer and own in (reader.layer.tensors.get("running_mean") or ()):
+            mean = (reader.layer.tensors.get("running_mean") if reader.layer else None) or ()
+            if reader.kind == "batch_norm" and join(name, "running_mean") in mean:
                 where = repr(reader.module) if reader.module else "the root module"
                 return Kept("functional", f"{where} calls batch_norm with its statistics")
             return Kept("tied", f"its {role} is also read by {reader}")
@@ -237,9 +253,12 @@ def _by_what_it_holds(scene: "Scene", name: str, module: nn.Module, bodies: list
         return Kept("subclass", f"{type(module).__name__} also uses {tensor!r}")
     calls, tail = tuple(body.call for body in bodies), bodies[0].tail
     if isinstance(module, BatchNormVariant):
+        if not type(module).__module__.startswith("bn_lightning.layers."):
+            return _own_forward(module)  # somebody's subclass
         return Norm(name, {}, module.eps, calls, tail)
     norm = Norm(name, _held(name, module), float(getattr(module, "eps", 1e-5)), calls, tail)
-    if tail or not scene.behaves_like(norm, module):
+    functions = {scene.record.operations[index].function for call in calls for index in call.operations}
+    if tail or not functions <= _ARITHMETIC or not scene.behaves_like(norm, module):
         return _own_forward(module)
     return norm
 

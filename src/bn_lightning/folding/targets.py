@@ -2,9 +2,11 @@
 
 from collections.abc import Collection
 
+import torch
 from torch import nn
 
 from bn_lightning.folding.norms import Norm, join
+from bn_lightning.folding.numbers import owned_tensor
 from bn_lightning.folding.reasons import Kept
 from bn_lightning.folding.scene import Scene
 from bn_lightning.folding.steps import FoldTarget
@@ -32,6 +34,8 @@ def layer_target(model: nn.Module, operation: Operation) -> FoldTarget | Kept:
     owner = owned["weight"].rpartition(".")[0]
     module = model.get_submodule(owner)
     if "bias" not in owned:
+        if "bias" not in operation.layer.tensors:
+            return Kept("functional", f"{operation} is called without a bias, and takes no new one")
         if operation.module != owner:
             return Kept("functional", f"{operation} uses the weight of {owner!r} without a bias, and takes no new one")
         if module._parameters.get("bias", module) is not None:
@@ -71,6 +75,13 @@ def require_sole_use(scene: Scene, target: FoldTarget, operations: Collection[in
         kernels = scene.record.unseen_tensors.get(name)
         if kernels:
             return Kept("opaque", f"{name!r} is read by {kernels[0]} in code that cannot be recorded")
+        tensor = owned_tensor(scene.model, name)
+        if tensor is not None and tensor.layout != torch.strided:
+            return Kept("parametrized", f"{name!r} is sparse")
+        if tensor is not None and any(
+            n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            return Kept("tied", f"{name!r} is expanded: several of its elements lie in one place")
         shared = scene.sharing_memory(name)
         if shared:
             return Kept("tied", f"{name!r} lies in the same memory as {shared[0]!r}")

@@ -40,9 +40,10 @@ def comparison_problem(reference: Sequence[Tensor]) -> str | None:
     """Say why outputs prove nothing if another run equals them; ``None`` if they are fit for a comparison."""
     if not any(tensor.numel() for tensor in reference):
         return "the model returned no floating-point values to compare"
-    if not all(tensor.isfinite().all() for tensor in reference):
-        return "the unfolded model's own output holds nan or inf for these example inputs"
-    if not any(tensor.any() for tensor in reference):
+    finite = [tensor[tensor.isfinite()] for tensor in reference]
+    if not any(tensor.numel() for tensor in finite):
+        return "the unfolded model's own output is nan or inf throughout for these example inputs"
+    if not any(tensor.any() for tensor in finite):
         return "the unfolded model's output is zero throughout for these example inputs, which proves nothing"
     return None
 
@@ -50,7 +51,8 @@ def comparison_problem(reference: Sequence[Tensor]) -> str | None:
 def relative_error(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     """Compute max|found - reference| / max|reference| of each pair of tensors, and return the largest.
 
-    Outputs that differ in number or shape, and nan or inf, are infinitely wrong.
+    Where the reference is nan or inf (a masked logit, say), the other has to be the very same. Outputs that differ in
+    number or shape are infinitely wrong.
 
     Example:
         >>> relative_error([torch.tensor([1.0, 3.0])], [torch.tensor([1.0, 4.0])])
@@ -63,12 +65,18 @@ def relative_error(found: Sequence[Tensor], reference: Sequence[Tensor]) -> floa
 
 
 def _tensor_error(found: Tensor, reference: Tensor) -> float:
-    difference, size = float((found - reference).abs().max()), float(reference.abs().max())
-    if not math.isfinite(difference):
+    same = (found == reference) | (found.isnan() & reference.isnan())
+    compared = reference.isfinite() & ~same
+    if not (same | compared).all():
         return math.inf
-    if difference == 0.0:
+    if same.all():
         return 0.0
-    return difference / size if size else math.inf
+    difference, size = float((found - reference)[compared].abs().max()), _largest(reference)
+    return difference / size if size and math.isfinite(difference) else math.inf
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(torch.where(tensor.isfinite(), tensor.abs(), 0.0).max())
 
 
 class _WidenedCasts(TorchFunctionMode):

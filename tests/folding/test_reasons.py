@@ -236,7 +236,7 @@ CASES = {
         "hook",
         partial(Net, straight, lambda net: net.bn.register_full_backward_hook(lambda module, grads, outputs: None)),
     ),
-    "changing-hook-on-conv": (
+    "changing-hook-on-bn": (
         "hook",
         partial(Net, straight, lambda net: net.bn.register_forward_hook(lambda module, args, output: 2 * output)),
     ),
@@ -253,7 +253,7 @@ CASES = {
         partial(Net, straight, halve("bn", "weight")),
     ),
     "bn-subclass": ("subclass", partial(Net, straight, lambda net: setattr(net, "bn", LoudNorm(4)))),
-    "no-place-for-a-bias": ("subclass", partial(Net, straight, conv=BareConv())),
+    "no-place-for-a-bias": ("functional", partial(Net, straight, conv=BareConv())),
     "bn-called-functionally": (
         "functional",
         partial(Net, lambda net, x: F.batch_norm(net.conv(x), net.bn.running_mean, net.bn.running_var)),
@@ -307,6 +307,41 @@ def test_the_layer_stays_and_says_why(randomize, images, reason, make):
     assert next(row for row in result.report.rows if row.name == "bn").reason == reason
     with torch.no_grad():
         same(net(images), expected)
+
+
+def expand_weight(net):
+    net.conv.weight = nn.Parameter(torch.randn(4, 6, 1, 1).expand(4, 6, 3, 3))
+
+
+def expand_bias(net):
+    net.conv.bias = nn.Parameter(torch.randn(1).expand(4))
+
+
+@pytest.mark.parametrize("prepare", [expand_weight, expand_bias])
+def test_nothing_is_written_to_an_expanded_tensor(randomize, images, prepare):
+    net = randomize(Net(straight, prepare))
+    expected = net(images)
+    (row,) = fold_batch_norm(net, images).report.rows
+    assert (row.reason, "several of its elements lie in one place" in row.detail) == ("tied", True)
+    assert torch.equal(net(images), expected)
+
+
+def test_a_sparse_weight_is_refused(randomize, images):
+    net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in beta state
+        net[0].weight = nn.Parameter(net[0].weight.detach().to_sparse_csr())
+    (row,) = fold_batch_norm(randomize(net), images[:, :, 0, 0]).report.rows
+    assert (row.reason, "'0.weight' is sparse" in row.detail) == ("parametrized", True)
+
+
+def test_an_empty_batch_tells_nothing_and_forbids_nothing(randomize, images):
+    net = randomize(Net(lambda net, x: net.second(net.bn(net.conv(x)).tanh()), with_second_norm))
+    expected = net(images)
+    first, second = fold_batch_norm(net, [images[:0], images]).report.rows
+    assert (first.action, second.action) == ("folded-backward", "kept")
+    torch.testing.assert_close(net(images), expected, rtol=1e-5, atol=1e-5)
+    assert fold_batch_norm(randomize(Net(straight)), images[:0]).report.rows[0].reason == "unverified"
 
 
 @pytest.mark.parametrize(
