@@ -1,0 +1,197 @@
+"""The whole-zoo run can fail: what is wrong with a network is found, told and resumed from."""
+
+import multiprocessing
+import os
+import time
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from zoo import workers as workers_module
+from zoo.architectures import Architecture
+from zoo.outputs import outputs, relative_error, unfit
+from zoo.rows import FoldingRow, Journal, PeerRow
+from zoo.targets import missed, share_missed
+from zoo.workers import measured
+
+from bn_lightning.folding import FoldResult, settle
+from bn_lightning.folding.numbers import Numbers
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch.fx's fuse imports what torch itself calls deprecated
+    from zoo.measure import measure_folding
+
+SMALL = Architecture("timm:test_byobnet", "timm", "byobnet", 460_000, 14, (3, 96, 96))
+GOOD = FoldingRow(
+    "timm:resnet18", calls={"folded-backward": 19, "kept": 1}, reported=1e-14, error=1e-14, native=1.1, undone=True
+)
+
+
+def test_nothing_is_missed_by_a_right_fold():
+    assert list(missed(GOOD)) == []
+    row = measure_folding(SMALL)
+    assert list(missed(row)) == []
+    assert (row.folded, row.total, row.left, row.crash) == (14, 14, 0, "")
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"crash": "IndexError"}, "crashed: IndexError"),
+        ({"error": 1.1e-9}, "wrong: float64 error"),
+        ({"reported": float("nan")}, "wrong: float64 error"),
+        ({"error": float("inf")}, "wrong: float64 error"),
+        ({"native": 2.1}, "2.10 times as far off"),
+        ({"native": float("nan")}, "times as far off"),
+        ({"left": 1}, "1 layers left"),
+        ({"undone": False}, "undo did not restore"),
+        ({"kept": {"unverified": 2}}, "2 calls were planned to fold and rolled back"),
+        ({"problem": "an output to compare is empty"}, "an output to compare is empty"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_every_fault_is_told(fault, words):
+    (told,) = missed(replace(GOOD, **fault))
+    assert words in told
+
+
+def test_the_share_is_of_calls_over_all_networks():
+    few = replace(GOOD, calls={"folded-backward": 80, "kept": 20})
+    assert list(share_missed([GOOD])) == []
+    assert "only 82.50 % of 120 calls" in next(iter(share_missed([GOOD, few])))
+    assert list(share_missed([replace(GOOD, calls={"merged": 92, "affine": 8})])) == []
+    assert list(share_missed([replace(GOOD, calls={"merged": 91, "affine": 9})]))
+
+
+def test_a_wrong_fold_is_found_that_the_library_lets_pass(monkeypatch):
+    right = Numbers.apply
+
+    def wrong(numbers, step):
+        kept = right(numbers, step)
+        if kept is None and step.targets:
+            numbers.changed[step.targets[0].bias] += 1e-3
+        return kept
+
+    monkeypatch.setattr(Numbers, "apply", wrong)
+    monkeypatch.setattr(settle, "relative_error", lambda found, reference: 0.0)
+    assert any("wrong: float64 error" in each and "(measured)" in each for each in missed(measure_folding(SMALL)))
+
+
+def test_an_undo_that_forgets_is_found(monkeypatch):
+    undo = FoldResult.undo
+
+    def forgetful(result):
+        undo(result)
+        with torch.no_grad():
+            next(result.model.parameters()).flatten()[0].add_(1e-3)
+
+    monkeypatch.setattr(FoldResult, "undo", forgetful)
+    assert "undo did not restore every bit" in list(missed(measure_folding(SMALL)))
+
+
+def test_a_network_that_does_not_exist_is_a_crash():
+    row = measure_folding(replace(SMALL, name="timm:no_such_network"))
+    assert "no_such_network" in row.crash
+
+
+@pytest.mark.parametrize(
+    ("found", "exact", "expected"),
+    [
+        ([[1.0, 3.0]], [[1.0, 4.0]], 0.25),
+        ([[1.0], [2.0]], [[1.0], [1.0]], 1.0),
+        ([[1.0]], [[1.0], [1.0]], float("inf")),
+        ([[1.0, 1.0]], [[1.0]], float("inf")),
+        ([[float("nan")]], [[1.0]], float("inf")),
+        ([[]], [[]], float("inf")),
+        ([], [], float("inf")),
+    ],
+)
+def test_its_comparison_is_its_own(found, exact, expected):
+    assert relative_error([torch.tensor(each) for each in found], [torch.tensor(each) for each in exact]) == expected
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ([torch.ones(2, 3), torch.ones(2, 0)], "empty"),
+        ([], "empty"),
+        ([torch.tensor([[1.0], [float("nan")]])], "not finite"),
+        ([torch.ones(2, 3)], "does not depend on the input"),
+        ([torch.tensor([[1.0], [2.0]])], ""),
+    ],
+)
+def test_outputs_that_prove_nothing(tensors, words):
+    assert words in unfit(tensors)
+    assert bool(words) == bool(unfit(tensors))
+
+
+def test_outputs_are_copies_of_all_floats():
+    images = torch.ones(1, 3)
+    found = outputs(lambda x: {"a": [x.mul_(2), x.argmax()], "b": (x,)}, images)
+    assert [each.dtype for each in found] == [torch.float64] * 2
+    assert torch.equal(images, torch.ones(1, 3))
+
+
+def test_a_journal_is_resumed_from(tmp_path):
+    journal = Journal(tmp_path / "folding.jsonl", FoldingRow)
+    assert journal.rows() == {}
+    other = replace(GOOD, name="timm:other", fx=PeerRow("timm:other", calls=3, left=1))
+    for row in (replace(GOOD, crash="once"), GOOD, other):
+        journal.add(row)
+    with journal.path.open("a") as file:
+        file.write('{"versions": {"torch')  # killed while it wrote
+    assert journal.rows() == {GOOD.name: GOOD, other.name: other}
+    journal.forget([GOOD.name])
+    assert journal.rows() == {other.name: other}
+    journal.path.write_text(journal.path.read_text().replace(torch.__version__, "1.0"))
+    assert journal.rows() == {}, "of another torch"
+
+
+def _dies_or_hangs(architecture):
+    if architecture.name == "dies":
+        os._exit(3)
+    if architecture.name == "hangs":
+        time.sleep(60)
+    return FoldingRow(architecture.name)
+
+
+def _serve(kind, connection):
+    while True:
+        connection.send((_dies_or_hangs(connection.recv()), 0.1))
+
+
+@pytest.fixture
+def odd_networks(monkeypatch):
+    """Forked, which is quick, and safe for processes that compute nothing."""
+    monkeypatch.setattr(workers_module, "_serve", _serve)
+    forking = multiprocessing.get_context("fork")
+    monkeypatch.setattr(workers_module.multiprocessing, "get_context", lambda kind: forking)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.usefixtures("odd_networks")
+def test_a_network_that_dies_or_hangs_takes_no_other_with_it():
+    names = ["fine", "dies", "hangs", "fine too"]
+    found = {
+        row.name: row.crash
+        for row in measured(
+            "folding", [replace(SMALL, name=name) for name in names], workers=1, timeout=1.0, go_on=lambda: True
+        )
+    }
+    assert found == {
+        "fine": "",
+        "dies": "the process died with exit code 3",
+        "hangs": "took longer than 1 s",
+        "fine too": "",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.usefixtures("odd_networks")
+def test_no_network_is_started_when_the_time_is_over():
+    left = iter([True, True, False])
+    rows = measured(
+        "folding", [replace(SMALL, name=str(n)) for n in range(9)], workers=1, timeout=9, go_on=left.__next__
+    )
+    assert [row.name for row in rows] == ["0", "1"]
