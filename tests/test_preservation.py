@@ -180,3 +180,34 @@ def test_a_buffer_of_one_element_and_no_stride_is_compared_and_restored():
     with preserved(module):
         module.count.add_(1)
     assert module.count.item() == 3
+
+
+class Stateful(nn.Module):
+    """Counts its calls, keeps its last input, and builds what it needs at the first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.last = 0, None
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x if self.last is None else self.last + x
+        if not hasattr(self, "built"):
+            self.register_buffer("grid", torch.ones(len(x)))
+            self.built = True
+        return self.last + self.grid[:, None]
+
+
+@pytest.mark.parametrize("before", [[], [torch.ones(2, 3)]], ids=["fresh", "used"])
+def test_what_a_forward_pass_keeps_in_attributes_comes_back(before):
+    net = Stateful()
+    for x in before:
+        net(x)
+    kept = dict(vars(net))
+    with preserved(net):
+        net(torch.ones(2, 3))
+        net.last = torch.ones(4, 3)
+        net.more = 1
+    assert vars(net).keys() == kept.keys()
+    assert all(vars(net)[name] is value for name, value in kept.items())
+    assert net(torch.ones(2, 3)).shape == (2, 3)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from bn_lightning.errors import BatchNormError
@@ -23,17 +22,16 @@ __all__ = [
     "without_autocast",
 ]
 
-_BN_SETTINGS = ("momentum", "eps", "affine", "track_running_stats")
-
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Lend the model out; afterwards put back buffers, modes, BN settings, gradients and random state.
+    """Lend the model out; afterwards put back buffers, modes, attributes, gradients and random state.
 
     Gradients are set aside, so that the borrower starts from none and the owner's are never added to. Buffers are
     written in place and only where they changed, since optimizers, DDP and compiled graphs hold references.
-    Parameters are not copied: whoever writes to them has to undo it. What a module keeps in plain attributes, such as
-    a counter or a metric's state, is its own matter.
+    Attributes (a counter, a metric's state, a cache of one image size) are what they were, the very objects; what a
+    forward pass changes inside of such an object is its own matter. Parameters are not copied: whoever writes to them
+    has to undo it.
 
     Raises:
         BatchNormError: If a lazy module has not seen its first batch, since the forward pass would change the model,
@@ -58,10 +56,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
             stack.callback(_rebind, module, {name: snapshot.buffer for name, snapshot in kept.items()})
             for snapshot in kept.values():
                 stack.callback(snapshot.restore)
-            if isinstance(module, _BatchNorm):
-                for setting in _BN_SETTINGS:
-                    stack.callback(setattr, module, setting, getattr(module, setting))
             stack.callback(setattr, module, "training", module.training)  # not .train(): it recurses
+            stack.callback(_put_back, vars(module), dict(vars(module)))
         for parameter in parameters:
             parameter.grad = None
         yield
@@ -212,6 +208,12 @@ def _rebind(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
     if isinstance(module._buffers, dict):  # a TorchScript module's is a view that cannot be rebound
         module._buffers.clear()
         module._buffers.update(buffers)
+
+
+def _put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in attributes.keys() - before.keys():
+        del attributes[name]
+    attributes.update(before)
 
 
 def _hand_back(parameter: nn.Parameter, gradient: Tensor | None, requires_grad: bool) -> None:

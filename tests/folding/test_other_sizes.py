@@ -98,6 +98,25 @@ def test_inputs_without_a_common_batch_are_taken_as_they_are(randomize):
     assert rows_of(fold_batch_norm(net, (images(2), torch.ones(3)))) == {"bn": ("folded-backward", "conv")}
 
 
+def test_what_a_network_keeps_between_calls_is_not_of_another_size(randomize):
+    """A recurrent state, a cache of one image size."""
+
+    def recurrent(n, x):
+        y = n.bn(n.conv(x))
+        n.state = y.tanh() if n.state is None else y.tanh() + n.state
+        n.calls += 1
+        return n.state
+
+    net = randomize(conv_and(recurrent)())
+    net.state, net.calls = None, 0
+    net.state = net(images(2)).detach()
+    plan_fold(net, images(2))
+    assert (len(net.state), net.calls) == (2, 1)
+    result = fold_batch_norm(net, images(2))
+    assert rows_of(result) == {"bn": ("folded-backward", "conv")}
+    assert (len(net.state), net.calls) == (2, 1)
+
+
 def test_other_sizes_are_no_blind_spot(randomize):
     def fork(n, x):
         y = n.bn(n.conv(x))
