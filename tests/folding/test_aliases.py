@@ -55,6 +55,10 @@ KEPT = {
         before_bn(lambda n, x: n.bn(n.conv(x).mean((2, 3), keepdim=True).expand(-1, -1, 3, 3)).mul_(2)),
         "mul_ would write to the output of expand",
     ),
+    "expanded-as-another": (
+        before_bn(lambda n, x: n.bn(n.conv(x).mean((2, 3), keepdim=True).expand_as(x[:, :4])).mul_(2)),
+        "mul_ would write to the output of expand_as",
+    ),
     "largest": (
         before_bn(lambda n, x: n.bn(n.conv(x).amax((2, 3))).mul_(2), nn.BatchNorm1d(4)),
         "mul_ would write to the output of amax",
@@ -110,9 +114,90 @@ def test_autograd_refuses_to_write_to_one_of_several_views(randomize, split, in_
     net(images().double()).sum().backward()  # which the network could do before
 
 
-@pytest.mark.parametrize("needs_layout", [True, False], ids=["view", "reshape"])
-def test_views_need_the_layout_that_the_layer_gives(randomize, needs_layout):
-    end = torch.Tensor.view if needs_layout else torch.Tensor.reshape
-    net = randomize(before_bn(lambda n, x: end(n.bn(n.conv(x).transpose(2, 3)), (len(x), -1)).tanh())())
-    result = fold_in_float64(net, images())
-    assert rows_of(result) == {"bn": ("kept", "layout") if needs_layout else ("folded-backward", "conv")}
+BY_LAYOUT = {
+    "view": lambda y: y.view(len(y), -1),
+    "view_as": lambda y: y.view_as(torch.empty(len(y), 144)),
+    "as_strided": lambda y: y.as_strided((len(y), 144), (144, 1)),
+}
+
+
+@pytest.mark.parametrize("end", BY_LAYOUT.values(), ids=BY_LAYOUT.keys())
+def test_views_need_the_layout_that_the_layer_gives(randomize, end):
+    net = randomize(before_bn(lambda n, x: end(n.bn(n.conv(x).transpose(2, 3))).tanh())())
+    assert rows_of(fold_in_float64(net, images())) == {"bn": ("kept", "layout")}
+
+
+def test_reshape_takes_any_layout(randomize):
+    net = randomize(before_bn(lambda n, x: n.bn(n.conv(x).transpose(2, 3)).reshape(len(x), -1).tanh())())
+    assert rows_of(fold_in_float64(net, images())) == {"bn": ("folded-backward", "conv")}
+
+
+class View(nn.Module):
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4), nn.ReLU(True), View()),
+        lambda: nn.Sequential(nn.Conv2d(6, 4, 8), nn.BatchNorm2d(4), View()),
+        lambda: nn.Sequential(nn.Conv2d(6, 1, 3), nn.BatchNorm2d(1), View()),
+        lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(6), View(), nn.Linear(6, 2)),
+    ],
+    ids=["conv-of-size-1", "conv-of-full-size", "one-channel", "forward"],
+)
+def test_strides_of_axes_of_size_1_do_not_matter(randomize, make, batch):
+    net = randomize(make()).to(memory_format=torch.channels_last)
+    given = images(batch).to(memory_format=torch.channels_last)
+    (row,) = fold_batch_norm(net, given).report.rows
+    assert row.action.startswith("folded"), row
+
+
+def test_the_layout_of_another_input_may_not_be_the_examples(randomize):
+    net = randomize(nn.Sequential(nn.BatchNorm2d(6), View(), nn.Linear(384, 2)))
+    (row,) = fold_batch_norm(net, images()).report.rows
+    assert (row.action, "view in '1' needs the memory layout" in row.detail) == ("kept", True)
+    net(images().transpose(2, 3))
+
+
+def residual_of_a_part(n, x):
+    a = x.relu()[:, :4]
+    z = n.bn(a.contiguous())
+    a += n.next(z)
+    return n.last(z) + a
+
+
+@pytest.mark.parametrize("batch", [4, 1])
+def test_contiguous_copies_at_some_batch_sizes_only(randomize, batch):
+    net = randomize(Written(residual_of_a_part, bn=nn.BatchNorm2d(4), next=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 4, 1)))
+    unfolded = copy.deepcopy(net)
+    (row,) = fold_batch_norm(net, images(batch)).report.rows
+    assert (row.action, "add_ would overwrite" in row.detail or "iadd would overwrite" in row.detail) == ("kept", True)
+    for other in (4, 1):
+        torch.testing.assert_close(net(images(other)), unfolded(images(other)))
+
+
+def test_contiguous_of_a_part_of_several(randomize):
+    def body(n, x):
+        a, b = n.conv(x).chunk(2, 1)
+        return torch.cat([n.bn(a.contiguous()).relu_(), b], 1)
+
+    net = randomize(before_bn(body, nn.BatchNorm2d(2))())
+    assert rows_of(fold_batch_norm(net, images(4))) == {"bn": ("kept", "overwritten")}
+    net(images(1)).sum().backward()
+
+
+def test_contiguous_copies_in_some_layouts_only(randomize):
+    def body(n, x):
+        y = x.relu()
+        z = n.bn(y.contiguous())
+        y += n.next(z)
+        return n.last(z) + y
+
+    net = randomize(Written(body, bn=nn.BatchNorm2d(6), next=nn.Conv2d(6, 6, 1), last=nn.Conv2d(6, 6, 1)))
+    unfolded = copy.deepcopy(net)
+    (row,) = fold_batch_norm(net, images().to(memory_format=torch.channels_last)).report.rows
+    assert row.action == "kept"
+    torch.testing.assert_close(net(images()), unfolded(images()))

@@ -298,6 +298,12 @@ def lent_weights(net, y):
         pytest.param(scripted_reader, "the output of conv2d in 'conv', is read by aten.relu", id="torchscript"),
         pytest.param(keep, "the output of conv2d in 'conv', is kept somewhere", id="escapes"),
         pytest.param(
+            lambda net, y: net.bn(y) if y.mean() > 0 and int(y.sum()) < 1e9 else y.relu(),
+            "Python reads a value (bool",
+            id="control-flow",
+        ),
+        pytest.param(lambda net, y: net.bn(y.float()) * y.max().item(), "Python reads a value (item)", id="item"),
+        pytest.param(
             lent_weights, "conv2d in 'conv' is given a weight that is computed or lent", id="functional-weights"
         ),
     ],

@@ -218,7 +218,8 @@ def _exposed(scene: Scene, norm: Norm, cone: Cone, arrival: _Arrival) -> Kept | 
             seen = Kept("multi_user", f"the output of {producer} is also read by {others[0]}")
         if seen is not None:
             tags = torch.cat([compact(term).flatten() for term in cone.terms[index]])
-            if (arrival.channel[tags[tags >= 0].long()] >= 0).any() or (tags == MIXED).any():
+            # An empty value has no channel here, and may have one in another call.
+            if not tags.numel() or (arrival.channel[tags[tags >= 0].long()] >= 0).any() or (tags == MIXED).any():
                 return seen
     return None
 

@@ -37,8 +37,12 @@ def fold_forward(scene: Scene, norm: Norm, mergeable: set[str]) -> FoldStep | Ke
     if stopped is not None:
         return Kept("nonlinear_between", f"read by {stopped}")
     takers: dict[str, _Taker] = {}
-    # A reader of nothing (no boxes, say) tells nothing of channels.
-    idle = {operation.index for operation, value in cone.readers if 0 in _shape(scene, value)}
+    # A layer that reads nothing (no boxes, say) tells nothing of channels; what else reads it may read something once.
+    idle = {
+        operation.index
+        for operation, value in cone.readers
+        if 0 in _shape(scene, value) and operation.kind in (*LAYER_KINDS, "batch_norm")
+    }
     for operation, value in cone.readers:
         if operation.index in idle:
             continue

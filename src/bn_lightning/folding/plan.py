@@ -1,10 +1,11 @@
 """Find what can be folded, by one recorded forward pass; nothing is changed."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from bn_lightning.errors import FoldError
 from bn_lightning.folding.aliases import Aliases
@@ -17,7 +18,7 @@ from bn_lightning.folding.report import FoldPlan, FoldRow
 from bn_lightning.folding.scene import Scene
 from bn_lightning.folding.spread import channel_spread
 from bn_lightning.folding.steps import FoldStep
-from bn_lightning.preservation import out_of_inference_mode
+from bn_lightning.preservation import out_of_inference_mode, preserved, without_autocast
 from bn_lightning.selection import describe, unwrap
 from bn_lightning.tracing.calls import ExampleCall, example_calls
 from bn_lightning.tracing.record import ForwardRecord
@@ -27,6 +28,7 @@ from bn_lightning.tracing.sizes import other_sizes
 __all__ = ["plan_fold", "require_foldable", "require_standalone"]
 
 _STANDALONE = ("keep", "affine")
+_Direction = Callable[[Scene, Norm, set[str]], FoldStep | Kept]
 
 
 def plan_fold(
@@ -47,7 +49,8 @@ def plan_fold(
     Args:
         model: The network, in evaluation mode. Given back bit for bit.
         example_inputs: A tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of those
-            (several calls). Control flow they do not reach is not seen: pass one call a branch.
+            (several calls). Control flow they do not reach is not seen: pass one call a branch. The first is also
+            run with two or three examples, with one, and with some pixels more and less, where the network takes it.
         include: Name patterns of the BatchNorm layers to fold; empty means all.
         exclude: Name patterns of layers to keep as they are.
         standalone: What becomes of a layer that cannot be folded: ``"keep"``, or ``"affine"`` for a `ChannelAffine`.
@@ -74,7 +77,7 @@ def plan_fold(
     require_foldable(network)
     require_standalone(standalone)
     picked = named_norms(network, _kept(include), _kept(exclude))
-    with out_of_inference_mode():
+    with out_of_inference_mode(), without_autocast(network):
         calls = example_calls(example_inputs, error=FoldError)
         record = _record(network, calls)
         decisions = _Decisions(Scene(network, record), set(picked), standalone)
@@ -87,7 +90,8 @@ def require_foldable(network: nn.Module) -> None:
     """Refuse what no fold can be asked of.
 
     Raises:
-        FoldError: If there is no BatchNorm layer, the network is in training mode, or it holds no data.
+        FoldError: If there is no BatchNorm layer, the network is in training mode, holds no data, or was made in
+            inference mode.
     """
     norms = require_norms(network)
     training = {name: norm for name, norm in norms.items() if norm.training}
@@ -99,6 +103,11 @@ def require_foldable(network: nn.Module) -> None:
     for name, tensor in network.named_parameters():
         if tensor.is_meta:
             raise FoldError(f"{name!r} is on the meta device, without values to fold. Load the weights first.")
+        if not is_lazy(tensor) and tensor.is_inference():
+            raise FoldError(
+                f"{name!r} was made in inference mode, and can be neither written to nor trained outside of it. Fold "
+                "copy.deepcopy(model), made outside."
+            )
 
 
 def require_standalone(standalone: str) -> None:
@@ -144,17 +153,17 @@ class _Decisions:
                 self._stand_alone(norm)
         self._by_name = {step.name: step for step in self.steps}
 
-    def _decide(self, norm: Norm, direction: Any) -> None:
+    def _decide(self, norm: Norm, direction: _Direction) -> None:
         """Fold a layer one way, or note why not beside what was noted before."""
         mergeable = self.scene.norms.keys() - self.scene.gone - self._fixed.keys() - {norm.name}
         step = direction(self.scene, norm, mergeable)
         kept = step if isinstance(step, Kept) else self.aliases.conflict(norm) or self.numbers.apply(step)
-        if kept is None:
+        if kept is None and isinstance(step, FoldStep):
             self.aliases.leave_out(norm)
             self.steps.append(replace(step, order=self._order(step)))
             self.scene.gone.add(norm.name)
             self._why.pop(norm.name, None)
-        else:
+        elif kept is not None:
             self._why[norm.name] = _both(self._why.get(norm.name), kept)
 
     def _order(self, step: FoldStep) -> tuple[tuple[str, ...], ...]:
@@ -199,13 +208,21 @@ def _both(backward: Kept | None, forward: Kept) -> Kept:
 
 
 def _record(network: nn.Module, calls: list[ExampleCall]) -> ForwardRecord:
-    """Record the user's calls, and the first of them in another size, where the network takes one."""
-    for other in other_sizes(calls[0]):
-        try:
-            return record_forward(network, [*calls, other], error=FoldError)
-        except FoldError:
-            continue
-    return record_forward(network, calls, error=FoldError)
+    """Record the user's calls, and the first of them in other sizes, as far as the network takes them."""
+    others = [next((call for call in variants if _runs(network, call)), None) for variants in other_sizes(calls[0])]
+    try:
+        return record_forward(network, [*calls, *filter(None, others)], error=FoldError)
+    except FoldError:  # it keeps something of the call before, of that call's size
+        return record_forward(network, calls, error=FoldError)
+
+
+def _runs(network: nn.Module, call: ExampleCall) -> bool:
+    try:
+        with preserved(network):
+            call.copied().run(network, error=FoldError)
+    except FoldError:
+        return False
+    return True
 
 
 def _without_a_layer(record: ForwardRecord, known: set[str]) -> Iterator[FoldRow]:

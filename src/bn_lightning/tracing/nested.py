@@ -1,7 +1,8 @@
 """Walk the tensors in whatever a forward pass takes or returns."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -49,19 +50,33 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def map_leaves(tree: Any, kind: type[_Leaf], change: Callable[[_Leaf], Any]) -> Any:
-    """Rebuild nested tuples, lists, dicts and dataclasses with every object of one kind changed."""
+    """Rebuild nested tuples, lists, mappings and dataclasses with every object of one kind changed.
+
+    What holds none of them stays the very object.
+    """
     if isinstance(tree, kind):
         return change(tree)
-    if is_dataclass(tree) and not isinstance(tree, type):
-        return replace(
-            tree,
-            **{each.name: map_leaves(getattr(tree, each.name), kind, change) for each in fields(tree) if each.init},
-        )
+    if next(iter_leaves(tree, kind), None) is None:
+        return tree
+    if is_dataclass(tree):
+        return _copied(tree, {each.name: map_leaves(getattr(tree, each.name), kind, change) for each in fields(tree)})
     if isinstance(tree, tuple):
         branches = [map_leaves(branch, kind, change) for branch in tree]
         return type(tree)(*branches) if hasattr(tree, "_fields") else tuple(branches)
     if isinstance(tree, list):
         return [map_leaves(branch, kind, change) for branch in tree]
+    if isinstance(tree, MutableMapping):
+        made = copy.copy(tree)
+        made.update({key: map_leaves(branch, kind, change) for key, branch in tree.items()})
+        return made
     if isinstance(tree, Mapping):
         return {key: map_leaves(branch, kind, change) for key, branch in tree.items()}
     return tree
+
+
+def _copied(original: Any, values: dict[str, Any]) -> Any:
+    """Copy a dataclass without its constructor, which may take something else and compute the fields."""
+    made = copy.copy(original)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made

@@ -213,6 +213,10 @@ class ForwardRecord:
         ]
 
 
+# What turns a tensor into a number of Python's.
+_TO_PYTHON = frozenset({"item", "tolist", "numpy", "bool", "int", "float", "index"})
+
+
 def _blind_spots(record: ForwardRecord) -> Iterator[str]:
     for name, kernels in record.unseen_tensors.items():
         yield f"{name!r} is read by {kernels[0]} in code that cannot be recorded (TorchScript, C++, torch.vmap)."
@@ -229,6 +233,10 @@ def _blind_spots(record: ForwardRecord) -> Iterator[str]:
         computed = [role for role, names in roles if names == ()]
         if computed:
             yield f"{operation} is given a {computed[0]} that is computed or lent, none of the model's own."
+    read = [operation for operation in record.operations if operation.function in _TO_PYTHON and not operation.outputs]
+    if read:
+        again = f", and {len(read) - 1} times more" if len(read) > 1 else ""
+        yield f"Python reads a value ({read[0]}{again}): what follows may be another for other values."
     yield from _divergences(record)
 
 

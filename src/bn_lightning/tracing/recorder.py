@@ -31,6 +31,7 @@ from bn_lightning.tracing.layers import (
     reads_padding,
     reads_shape_of_second,
 )
+from bn_lightning.tracing.memory import Memories
 from bn_lightning.tracing.nested import iter_tensors, map_tensors
 from bn_lightning.tracing.passing import Passing, ValueRef, passing_kind
 from bn_lightning.tracing.record import ForwardRecord, LayerUse, ModuleCall, Operation, Value
@@ -132,9 +133,7 @@ class _Recorder:
         self._module_stack: list[int] = []
         # id → (the tensor, version → value). An entry goes when its tensor dies: an id is never mistaken.
         self._alive: dict[int, tuple[weakref.ref[Tensor], dict[int, int]]] = {}
-        # Address → the number of what lies there now, and the tensors that keep it there.
-        self._memories: dict[int, tuple[int, list[weakref.ref[Tensor]]]] = {}
-        self._number_of_memories = 0
+        self._memories = Memories()
         self._given: frozenset[int] = frozenset()
         self._muted = False
 
@@ -234,7 +233,7 @@ class _Recorder:
                 layer=layer[1] if layer else None,
                 passing=passing,
                 overwrites=tuple(
-                    {self._memory_of(tensor) for tensor, before in versions if _version(tensor) != before}
+                    {self._memories.number(tensor) for tensor, before in versions if _version(tensor) != before}
                 ),
             )
         )
@@ -318,25 +317,10 @@ class _Recorder:
         if key not in alive:
             alive[key] = (weakref.ref(tensor, lambda _: alive.pop(key, None)), {})
         alive[key][1][_version(tensor)] = index
-        self.values[index].memory = self._memory_of(tensor)
+        self.values[index].memory = self._memories.number(tensor)
         if tensor.layout == torch.strided and not tensor.is_nested:
             self.values[index].strides = tuple(tensor.stride())
         return index
-
-    def _memory_of(self, tensor: Tensor) -> int:
-        try:
-            address = tensor.untyped_storage().data_ptr()
-        except (RuntimeError, NotImplementedError):  # sparse, under torch.vmap, …
-            return -1
-        if not address:
-            return -1
-        number, holders = self._memories.get(address, (-1, []))
-        if not any(holder() is not None for holder in holders):  # freed, and now another's
-            number, holders = self._number_of_memories, []
-            self._number_of_memories += 1
-        holders.append(weakref.ref(tensor))
-        self._memories[address] = (number, holders)
-        return number
 
     def _survivors(self, excused: Iterable[int]) -> list[int]:
         living = [entry[0]() for key, entry in list(self._alive.items()) if key not in excused]
