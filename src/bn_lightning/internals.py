@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as DropoutBase
 from torch.nn.modules.loss import _Loss as LossBase
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary as WeakTensorDictionary
 
 __all__ = [
     "DropoutBase",
     "LossBase",
     "TorchDispatchMode",
+    "WeakTensorDictionary",
     "assert_async",
     "compiled_original",
     "hooks_on",

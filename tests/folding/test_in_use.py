@@ -9,7 +9,7 @@ import torch
 from folding.nets import Written, fold_in_float64, rows_of
 from torch import nn
 
-from bn_lightning import fold_batch_norm
+from bn_lightning import fold_batch_norm, plan_fold
 from bn_lightning.errors import FoldError
 
 
@@ -47,6 +47,13 @@ def test_folding_under_autocast_verifies_in_the_networks_own_dtype(net, images):
     assert (report.verified_in, report.native_dtype) == ("float64", "float32")
     assert report.error <= 1e-12
     assert report.native_error_after <= 1e-5
+
+
+def test_planning_under_autocast_leaves_it_too(net, images):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plan_fold(net, images).rows[0].action == "folded-backward"
+        with pytest.raises(FoldError, match="BFloat16"):
+            plan_fold(net, images.bfloat16())
 
 
 def test_an_output_in_another_dtype_stays(randomize, images):
@@ -89,26 +96,115 @@ def test_folding_leaves_gradients_right(net, images):
     torch.testing.assert_close(*grads)
 
 
-def test_the_later_fold_is_undone_first(net, images, fingerprint):
-    before = fingerprint(net)
-    first = fold_batch_norm(net, images)
-    net.append(nn.BatchNorm2d(3).eval())
-    second = fold_batch_norm(net, images)
+@pytest.fixture
+def two_norms(randomize):
+    return randomize(nn.Sequential(nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Tanh()))
+
+
+def test_the_later_fold_is_undone_first(two_norms, images, fingerprint):
+    before = fingerprint(two_norms)
+    first = fold_batch_norm(two_norms, images, exclude=["2"])
+    between = copy.deepcopy(two_norms.state_dict())
+    second = fold_batch_norm(two_norms, images)
+    folded = copy.deepcopy(two_norms.state_dict())
     for act in (first.undo, lambda: first.load_unfolded({}), lambda: first.unfolded().__enter__()):
-        with pytest.raises(FoldError, match="Undo the later fold first"):
+        with pytest.raises(FoldError, match=r"stands on the '0\.weight'"):
             act()
+        assert all(torch.equal(tensor, folded[name]) for name, tensor in two_norms.state_dict().items())
     second.undo()
-    del net[4]
+    assert all(torch.equal(tensor, between[name]) for name, tensor in two_norms.state_dict().items())
+    first.undo()
+    assert fingerprint(two_norms) == before
+
+
+def test_a_part_that_was_folded_before_the_whole_is_undone_after_it(randomize, images, fingerprint):
+    part = nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+    net = randomize(nn.Sequential(part, nn.BatchNorm2d(4)))
+    before = fingerprint(net)
+    first, second = fold_batch_norm(part, images), fold_batch_norm(net, images)
+    with pytest.raises(FoldError, match="Undo the later fold first"):
+        first.undo()
+    second.undo()
     first.undo()
     assert fingerprint(net) == before
 
 
-def test_a_fold_that_nobody_can_take_back_stays_in_the_way(net, images):
-    first = fold_batch_norm(net, images)
-    net.append(nn.BatchNorm2d(3).eval())
-    fold_batch_norm(net, images)
+def test_a_fold_that_nobody_can_take_back_stays_in_the_way(two_norms, images):
+    first = fold_batch_norm(two_norms, images, exclude=["2"])
+    fold_batch_norm(two_norms, images)
     with pytest.raises(FoldError, match="Undo the later fold first"):
         first.undo()
+
+
+def test_folds_that_share_no_weight_do_not_mind_each_other(net, images, fingerprint):
+    before = fingerprint(net)
+    first = fold_batch_norm(net, images)
+    net.append(nn.BatchNorm2d(3).eval())
+    second = fold_batch_norm(net, images)
+    first.undo()
+    second.undo()
+    del net[4]
+    assert fingerprint(net) == before
+
+
+def test_what_is_undone_or_folded_nothing_is_in_nobodys_way(net, images, fingerprint):
+    before = fingerprint(net)
+    nothing = fold_batch_norm(net, images, exclude=["1"])
+    first = fold_batch_norm(net, images)
+    first.undo()
+    second = fold_batch_norm(net, images)
+    with first.unfolded():
+        pass
+    first.undo()
+    nothing.undo()
+    second.undo()
+    assert fingerprint(net) == before
+
+
+def test_networks_that_count_as_equal_are_two(randomize, images):
+    class Configured(nn.Sequential):
+        def __eq__(self, other):
+            return isinstance(other, Configured)
+
+        def __hash__(self):
+            return 1
+
+    nets = [randomize(Configured(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))) for _ in range(2)]
+    results = [fold_batch_norm(net, images) for net in nets]
+    for result in results:
+        result.undo()
+
+
+def test_the_way_back_is_not_copied(net, images, fingerprint):
+    result = fold_batch_norm(net, images)
+    with pytest.raises(FoldError, match=r"Copy result\.model"):
+        copy.deepcopy(result)
+
+
+@pytest.mark.parametrize("how", ["fused", "data", "affine"])
+def test_learning_that_counts_no_version_is_not_lost_either(net, images, how):
+    if how == "affine":
+        net[0] = nn.ReLU()
+        net[1] = nn.BatchNorm2d(6).eval()
+        net[3] = nn.Flatten()
+    result = fold_batch_norm(net, images, standalone="affine")
+    if how == "data":
+        net[0].weight.data.mul_(1.01)
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=how == "fused")
+        net(images).square().sum().backward()
+        optimizer.step()
+    learned = copy.deepcopy(net.state_dict())
+    with pytest.raises(FoldError, match="was changed since it was folded"), result.unfolded():
+        pytest.fail("lent out")
+    assert all(torch.equal(tensor, learned[name]) for name, tensor in net.state_dict().items())
+
+
+def test_loading_the_same_values_changes_nothing(net, images):
+    result = fold_batch_norm(net, images)
+    net.load_state_dict(copy.deepcopy(net.state_dict()))
+    with result.unfolded():
+        assert isinstance(net[1], nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize("how", ["training", "loading"])
@@ -151,3 +247,12 @@ def test_a_folded_network_is_let_go(net, images):
     net.pop(0)
     gc.collect()
     assert watched() is None
+
+
+def test_a_network_built_in_inference_mode_is_refused(images):
+    with torch.inference_mode():
+        net = nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)).eval()
+        for function in (plan_fold, fold_batch_norm):
+            with pytest.raises(FoldError, match=r"'0\.weight' was made in inference mode.*copy\.deepcopy"):
+                function(net, images)
+    assert rows_of(fold_batch_norm(copy.deepcopy(net), images)) == {"1": ("folded-backward", "0")}

@@ -81,3 +81,23 @@ def test_an_interrupt_leaves_the_folded_network(randomize, images, monkeypatch, 
     else:
         result.load_unfolded(other.state_dict())
         torch.testing.assert_close(model(images), other(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_leaves_something_out_of_its_state_dict_is_folded_again(randomize):
+    """It cannot load what it saves."""
+
+    class Partial(nn.Sequential):
+        def state_dict(self, *args, **kwargs):
+            state = super().state_dict(*args, **kwargs)
+            state.pop("0.bias", None)
+            return state
+
+    net = randomize(Partial(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)))
+    images = torch.randn(2, 6, 5, 5)
+    result = fold_batch_norm(net, images)
+    expected = net(images)
+    with pytest.raises(FoldError, match=r"Missing key\(s\) in state_dict: .*0\.bias"):
+        result.load_unfolded(net.state_dict())
+    assert torch.equal(net(images), expected)
+    result.undo()
+    assert isinstance(net[1], nn.BatchNorm2d)

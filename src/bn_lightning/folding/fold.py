@@ -57,10 +57,15 @@ class FoldResult:
         """
         self._surgery.require_last()
         self._surgery.require_unchanged()
+        with self._lent():
+            yield self.model
+
+    @contextmanager
+    def _lent(self) -> Iterator[None]:
         steps = self._surgery.steps
         self._surgery.undo()
         try:
-            yield self.model
+            yield
         finally:
             self._surgery.fold(steps)
 
@@ -79,16 +84,17 @@ class FoldResult:
                 finite, a negative scale under max pooling, …). The network is then folded, with what it held before.
         """
         self._surgery.require_last()
-        steps, before = self._surgery.steps, None
+        steps = self._surgery.steps
         self._surgery.undo()
+        before = [(tensor, tensor.detach().clone()) for tensor in (*self.model.parameters(), *self.model.buffers())]
         try:
-            before = copy.deepcopy(self.model.state_dict())
             self.model.load_state_dict(state_dict, strict=strict)
             self._surgery.fold(steps)
         except BaseException as exception:
             self._surgery.undo()
-            if before is not None:
-                self.model.load_state_dict(before)
+            with out_of_inference_mode():
+                for tensor, value in before:
+                    tensor.copy_(value)
             self._surgery.fold(steps)
             if isinstance(exception, RuntimeError) and not isinstance(exception, FoldError):
                 raise FoldError(
@@ -200,8 +206,8 @@ def _with_agreement(result: FoldResult, batches: Iterable[Any], max_batches: int
     def run(inputs: Any) -> tuple[Any, Any]:
         call = ExampleCall((inputs,))
         folded = call.copied().run(result.model, error=FoldError)
-        with result.unfolded() as model:
-            return call.copied().run(model, error=FoldError), folded
+        with result._lent():
+            return call.copied().run(result.model, error=FoldError), folded
 
     return replace(result.report, agreement=measure_agreement(run, batches, max_batches=max_batches))
 

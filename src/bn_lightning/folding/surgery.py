@@ -1,9 +1,8 @@
 """Write folds into a model, with the way back."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +10,14 @@ from torch import Tensor, nn
 from bn_lightning.errors import FoldError
 from bn_lightning.folding.numbers import Numbers, owned_tensor, reference_tensor
 from bn_lightning.folding.steps import FoldStep
+from bn_lightning.internals import WeakTensorDictionary
 from bn_lightning.layers.channel_affine import ChannelAffine
 from bn_lightning.preservation import out_of_inference_mode
 
 __all__ = ["Surgery"]
 
-# Of each network the folds that stand, oldest first. Tokens, since whatever holds a Surgery keeps its network alive.
-_FOLDS: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
+# Of each tensor the folds that wrote to it and stand, oldest first. Tokens, since a Surgery keeps its network alive.
+_FOLDS: MutableMapping[Tensor, list[object]] = WeakTensorDictionary()
 
 
 class Surgery:
@@ -36,7 +36,7 @@ class Surgery:
         self.steps: tuple[FoldStep, ...] = ()
         self._way_back: list[Callable[[], object]] = []
         self._token = object()
-        self._written: list[tuple[str, Tensor, int]] = []
+        self._written: list[tuple[str, Tensor, int, torch.dtype, torch.device]] = []
         # The same ones every time: a hook on one outlives `FoldResult.unfolded`, and optimizers hold parameters.
         self._stand_ins: dict[str, nn.Module] = {}
         self._new_parameters: dict[str, nn.Parameter] = {}
@@ -65,7 +65,6 @@ class Surgery:
             written = {target.layer: target for step in steps for target in step.targets}
             affines = {step.name: numbers.affine(step.norm) for step in steps if not step.targets}
             self.steps = tuple(steps)
-            _FOLDS.setdefault(self.model, []).append(self._token)
             for target in written.values():
                 like = reference_tensor(self.model, target)
                 for name in target.tensors:
@@ -81,10 +80,9 @@ class Surgery:
                 self._way_back[-1]()
                 self._way_back.pop()
         torch.clear_autocast_cache()
+        for _, tensor, *_ in self._written:
+            _FOLDS[tensor].remove(self._token)
         self.steps, self._written = (), []
-        folds = _FOLDS.get(self.model, [])
-        if self._token in folds:
-            folds.remove(self._token)
 
     def require_last(self) -> None:
         """Refuse to take this fold back under a later one of the same network.
@@ -92,25 +90,48 @@ class Surgery:
         Raises:
             FoldError: If there is one.
         """
-        folds = _FOLDS.get(self.model, [])
-        if self._token in folds[:-1]:
-            raise FoldError(
-                f"{type(self.model).__name__} was folded again after this fold, and the later one stands on its "
-                "weights. Undo the later fold first."
-            )
+        for name, tensor, *_ in self._written:
+            if _FOLDS[tensor][-1] is not self._token:
+                raise FoldError(
+                    f"another fold came after this one and stands on the {name!r} that this one made. Undo the later "
+                    "fold first."
+                )
 
     def require_unchanged(self) -> None:
-        """Refuse to unfold for a while what has other weights than it was given.
+        """Refuse to unfold for a while what has other weights than it was given; they would be lost.
+
+        Its weights are folded again and compared bit by bit. A version would tell nothing: fused optimizers and writes
+        to ``.data`` count none. After a cast or a move the comparison would, so there the version has to do.
 
         Raises:
             FoldError: If a folded weight was written to, naming it.
         """
-        for name, tensor, version in self._written:
-            if owned_tensor(self.model, name) is not tensor or _version(tensor) != version:
-                raise FoldError(
-                    f"{name!r} was changed since it was folded (by training, or by loading weights), and unfolding "
-                    "would lose that. Keep the folded network as it is, or take the fold back with undo()."
-                )
+        steps, affines = self.steps, self._affine_tensors()
+        for name, tensor, version, dtype, device in self._written:
+            if (tensor.dtype, tensor.device) != (dtype, device) and _version(tensor) != version:
+                raise _changed(name)
+        compared = {name: tensor for name, tensor, _, *kind in self._written if [tensor.dtype, tensor.device] == kind}
+        compared |= affines
+        learned = {name: tensor.detach().clone() for name, tensor in compared.items()}
+        self.undo()
+        self.fold(steps)
+        different = [name for name, tensor in compared.items() if not _same(tensor, learned[name])]
+        if different:
+            with out_of_inference_mode():
+                for name in different:
+                    _overwrite(compared[name], learned[name])
+            raise _changed(different[0])
+
+    def _affine_tensors(self) -> dict[str, Tensor]:
+        """Name the scale and shift of each layer that is left as one."""
+        layers = {step.name: _scale_and_shift(self._stand_ins[step.name]) for step in self.steps if not step.targets}
+        return {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.named_parameters()}
+
+    def __reduce__(self) -> str:
+        raise FoldError(
+            "the way back belongs to the very network that was folded, and cannot be copied with it. Copy "
+            "result.model, or fold a copy (inplace=False)."
+        )
 
     def _write(self, name: str, value: Tensor, like: Tensor) -> None:
         owner, _, key = name.rpartition(".")
@@ -123,7 +144,8 @@ class Surgery:
             setattr(module, key, tensor)
         else:
             _overwrite(tensor, value)
-        self._written.append((name, tensor, _version(tensor)))
+        self._written.append((name, tensor, _version(tensor), tensor.dtype, tensor.device))
+        _FOLDS.setdefault(tensor, []).append(self._token)
 
     def _replace(self, step: FoldStep, affine: tuple[Tensor, Tensor] | None) -> None:
         layer = self.model.get_submodule(step.name)
@@ -179,6 +201,18 @@ def _set_affine(scale_and_shift: ChannelAffine, layer: nn.Module, affine: tuple[
 def _overwrite(tensor: Tensor, value: Tensor) -> None:
     # With its version counted on, so that a backward pass that still needs the old value says so.
     (tensor.data if tensor.is_inference() else tensor).copy_(value)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same to the last place, which the order of a sum may turn."""
+    return bool(((one - other).abs() <= torch.finfo(one.dtype).eps * other.abs()).all())
+
+
+def _changed(name: str) -> FoldError:
+    return FoldError(
+        f"{name!r} was changed since it was folded (by training, or by loading weights), and unfolding would lose "
+        "that. Keep the folded network as it is, or take the fold back with undo()."
+    )
 
 
 def _version(tensor: Tensor) -> int:
