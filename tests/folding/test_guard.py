@@ -1,5 +1,6 @@
 """While guarded, a use of a folded pair that was not recorded is refused; every recorded one goes on as before."""
 
+import copy
 import pickle
 import warnings
 
@@ -260,3 +261,46 @@ def test_a_convolution_compiled_alone_gives_no_false_alarm(randomize, images):
         torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-5)
         guard.check()
     assert guard.unwatched == {"1": "torch.compile runs it"}
+
+
+CASTS = {
+    "float": lambda y: y.float(),
+    "to": lambda y: y.to(torch.float32),
+    "type": lambda y: y.type(torch.float32),
+    "twice": lambda y: y.float().contiguous(),
+    "contiguous": lambda y: y.contiguous(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
+@pytest.mark.parametrize("inference", [True, False], ids=["inference", "no-grad"])
+def test_a_cast_that_did_nothing_when_it_was_recorded(randomize, images, cast, inference):
+    """Under autocast it does something, and in channels_last: the same values go on."""
+
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn(cast(self.conv(x)))
+
+    net = randomize(Casting())
+    unfolded = copy.deepcopy(net)
+    guard = fold_batch_norm(net, images).guarded()
+    given = images.to(memory_format=torch.channels_last)
+    with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = net(given)
+        guard.check()
+        assert type(found) is torch.Tensor
+        torch.testing.assert_close(found.float(), unfolded(given).float(), rtol=0.05, atol=0.05)
+        with pytest.raises(FoldError, match="is read by"):
+            cast(net.conv(given)).mean()
+    guard.close()
+
+
+def test_a_cast_to_integers_is_no_cast(randomize, images):
+    net = randomize(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)))
+    fold_batch_norm(net, images).guarded()
+    with pytest.raises(FoldError, match="is read by to"):
+        net[0](images).to(torch.int64)

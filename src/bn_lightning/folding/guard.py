@@ -16,13 +16,15 @@ from bn_lightning.tracing.nested import iter_tensors
 
 __all__ = ["FoldGuard"]
 
-# With dropout in evaluation, a tensor contiguous already, of that dtype already, these return their very input.
+# They give the same values in another layout, dtype or place, or their very input where that is what it has; the
+# example inputs may have had it, and under autocast the next ones have not.
+_CASTS = frozenset({"contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"})
+# In evaluation they return their very input.
 # fmt: off
 _PASSING = frozenset(
     {
-        "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "contiguous", "to",
-        "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "pos", "positive", "resolve_conj",
-        "resolve_neg",
+        "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "pos", "positive",
+        "resolve_conj", "resolve_neg",
     }
 )
 # fmt: on
@@ -124,9 +126,9 @@ class FoldGuard:
         (value,) = (*args, *kwargs.values())
         given = self._given[step.name]
         for index, (handed, output) in enumerate(given):
-            if handed is value:
+            if getattr(value, "origin", value) is handed:
                 del given[index]
-                return (output,), {}
+                return (output if value is handed else value.as_subclass(Tensor),), {}
         raise _refused(step, f"{step.name!r} is given something else than the output of {step.into!r}")
 
     def _note_call(self, step: FoldStep, name: str, module: nn.Module, args: Any) -> None:
@@ -153,6 +155,7 @@ class _Reserved(Tensor):
     """An output of a folded layer on its way to the layer that was folded into it."""
 
     step: FoldStep
+    origin: Tensor  # of a cast: what was handed out
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"<output of {self.step.into!r}, with {self.step.name!r} folded into it>"
@@ -161,9 +164,18 @@ class _Reserved(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         reserved = [tensor for tensor in iter_tensors((args, kwargs)) if isinstance(tensor, cls)]
-        if reads_metadata(func):
+        given = args[0] if args else None
+        if function_name(func) in _CASTS and reserved:
+            result = super().__torch_function__(func, types, args, kwargs)
+            if result is given or not isinstance(result, Tensor):  # ``x.type()`` is a string
+                return result
+            if result.is_floating_point() and isinstance(given, cls):
+                cast: Any = result
+                cast.step, cast.origin = given.step, getattr(given, "origin", given)
+                return cast
+        elif reads_metadata(func):
             return super().__torch_function__(func, types, args, kwargs)
-        if _may_pass(func, kwargs):
+        elif _may_pass(func, kwargs):
             result = super().__torch_function__(func, types, args, kwargs)
             if any(result is tensor for tensor in reserved):
                 return result
