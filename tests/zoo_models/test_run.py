@@ -5,6 +5,7 @@ import os
 import time
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from zoo.rows import FoldingRow, Journal, PeerRow
 from zoo.targets import missed, share_missed
 from zoo.workers import measured
 
-from bn_lightning.folding import FoldResult, settle
+from bn_lightning.folding import FoldReport, FoldResult, settle
 from bn_lightning.folding.numbers import Numbers
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch.fx's fuse imports what torch itself calls deprecated
+    from zoo import measure as measure_module
     from zoo.measure import measure_folding
 
 SMALL = Architecture("timm:test_byobnet", "timm", "byobnet", 460_000, 14, (3, 96, 96))
@@ -78,16 +80,61 @@ def test_a_wrong_fold_is_found_that_the_library_lets_pass(monkeypatch):
     assert any("wrong: float64 error" in each and "(measured)" in each for each in missed(measure_folding(SMALL)))
 
 
-def test_an_undo_that_forgets_is_found(monkeypatch):
+@pytest.mark.parametrize("of", ["float32", "float64"])
+def test_an_undo_that_forgets_is_found(monkeypatch, of):
     undo = FoldResult.undo
 
     def forgetful(result):
         undo(result)
-        with torch.no_grad():
-            next(result.model.parameters()).flatten()[0].add_(1e-3)
+        weight = next(result.model.parameters())
+        if str(weight.dtype) == f"torch.{of}":
+            with torch.no_grad():
+                weight.flatten()[0].add_(1e-3)
 
     monkeypatch.setattr(FoldResult, "undo", forgetful)
     assert "undo did not restore every bit" in list(missed(measure_folding(SMALL)))
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param(lambda x: x.shape[-1] == 96, id="larger"),
+        pytest.param(lambda x: len(x) == 1 and x.shape[-1] == 64, id="held-out"),
+        pytest.param(lambda x: len(x) == 2, id="examples"),
+    ],
+)
+def test_outputs_are_compared_on_other_images_and_a_larger_one(monkeypatch, where):
+    fold = measure_module.fold_batch_norm
+
+    def wrong_there(model, *args, **options):
+        result = fold(model, *args, **options)
+        if next(model.parameters()).dtype == torch.float64:
+            forward = type(model).forward
+            model.forward = lambda x: forward(model, x) + 1e-3 * where(x)
+            undo = result.undo
+            return SimpleNamespace(model=model, report=result.report, undo=lambda: (vars(model).pop("forward"), undo()))
+        return result
+
+    monkeypatch.setattr(measure_module, "fold_batch_norm", wrong_there)
+    assert any("(measured)" in each for each in missed(measure_folding(SMALL)))
+
+
+def test_what_is_not_verified_in_float64_is_found(monkeypatch):
+    report = FoldReport
+
+    def in_float32(*args, **options):
+        return report(*args, **{**options, "verified_in": "float32", "note": "so it is"})
+
+    monkeypatch.setattr(settle, "FoldReport", in_float32)
+    assert "verified in float32 only: so it is" in list(missed(measure_folding(SMALL)))
+
+
+def test_layers_that_are_left_are_found(monkeypatch):
+    fold = measure_module.fold_batch_norm
+    monkeypatch.setattr(
+        measure_module, "fold_batch_norm", lambda model, x, standalone="keep": fold(model, x, exclude=["stem.bn"])
+    )
+    assert '1 layers left with standalone="affine"' in list(missed(measure_folding(SMALL)))
 
 
 def test_a_network_that_does_not_exist_is_a_crash():
@@ -176,13 +223,13 @@ def test_a_network_that_dies_or_hangs_takes_no_other_with_it():
     found = {
         row.name: row.crash
         for row in measured(
-            "folding", [replace(SMALL, name=name) for name in names], workers=1, timeout=1.0, go_on=lambda: True
+            "folding", [replace(SMALL, name=name) for name in names], workers=1, timeout=6.0, go_on=lambda: True
         )
     }
     assert found == {
         "fine": "",
         "dies": "the process died with exit code 3",
-        "hangs": "took longer than 1 s",
+        "hangs": "took longer than 6 s",
         "fine too": "",
     }
 
