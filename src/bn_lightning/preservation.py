@@ -218,7 +218,8 @@ def _put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
 
 def _hand_back(parameter: nn.Parameter, gradient: Tensor | None, requires_grad: bool) -> None:
     parameter.grad = gradient
-    parameter.requires_grad_(requires_grad)
+    if parameter.requires_grad != requires_grad:  # or it would not be set on a tensor made in inference mode
+        parameter.requires_grad_(requires_grad)
 
 
 def _remember(get: Callable[[], Any], put: Callable[[Any], object]) -> Callable[[], object]:

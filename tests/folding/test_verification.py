@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 
 import pytest
 import torch
@@ -159,21 +159,59 @@ def test_the_error_beside_an_infinity(found, expected):
     assert relative_error([torch.tensor(found)], [torch.tensor([1.0, float("inf")])]) == expected
 
 
-def test_inputs_in_a_dataclass_are_cast_too(randomize):
-    @dataclass
-    class Batch:
-        images: torch.Tensor
-        labels: torch.Tensor
-        name: str = "batch"
+@dataclass
+class Batch:
+    images: torch.Tensor
+    labels: torch.Tensor
+    name: str = "batch"
 
+
+@dataclass(frozen=True)
+class Prepared:
+    images: torch.Tensor = field(init=False)
+    labels: torch.Tensor
+    name: str = "batch"
+    scale: InitVar[float] = None
+
+    def __post_init__(self, scale):
+        object.__setattr__(self, "images", scale * torch.randn(2, 6, 5, 5))
+
+
+class Attributes(dict):
+    __getattr__ = dict.__getitem__
+
+
+INPUTS = {
+    "dataclass": lambda: Batch(torch.randn(2, 6, 5, 5), torch.tensor([1, 2])),
+    "dataclass-with-a-constructor-of-its-own": lambda: Prepared(torch.tensor([1, 2]), scale=2.0),
+    "mapping-with-attributes": lambda: Attributes(
+        images=torch.randn(2, 6, 5, 5), labels=torch.tensor([1, 2]), name="batch"
+    ),
+}
+
+
+@pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS.keys())
+def test_inputs_in_containers_keep_their_class_and_are_cast(randomize, make):
     class Net(Ending):
-        def forward(self, batch):
-            assert batch.name == "batch"
+        def forward(self, batch, size):
+            assert (batch.name, type(size)) == ("batch", torch.Size)
             return super().forward(batch.images) * batch.labels.sum()
 
-    given = torch.randn(2, 6, 5, 5)
-    report = fold_batch_norm(randomize(Net(lambda y: y)), (Batch(given, torch.tensor([1, 2])),)).report
+    given = make()
+    before = given.images.clone()
+    report = fold_batch_norm(randomize(Net(lambda y: y)), (given, torch.Size([5]))).report
     assert (report.rows[0].action, report.verified_in) == ("folded-backward", "float64")
+    assert torch.equal(given.images, before)
+
+
+def test_sparse_inputs_are_taken(randomize):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.to_dense())
+
+    net = randomize(Net(nn.Linear(6, 4), nn.BatchNorm1d(4)))
+    report = fold_batch_norm(net, torch.randn(3, 6).to_sparse()).report
+    assert report.rows[0].action == "folded-backward"
 
 
 def test_nested_outputs_are_all_compared(randomize, images, wrong_fold):

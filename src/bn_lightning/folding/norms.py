@@ -26,9 +26,10 @@ __all__ = ["Norm", "inspect_norm", "is_norm", "join", "named_norms"]
 # fmt: off
 _ARITHMETIC = frozenset(
     {
-        "add", "add_", "radd", "iadd", "sub", "sub_", "rsub", "isub", "mul", "mul_", "rmul", "imul", "div", "div_",
-        "truediv", "rsqrt", "sqrt", "pow", "reciprocal", "neg", "addcmul", "batch_norm", "instance_norm", "view",
-        "reshape", "unsqueeze", "getitem", "expand", "to", "float", "half", "bfloat16", "double", "type", "type_as",
+        "add", "add_", "radd", "iadd", "sub", "sub_", "rsub", "isub", "subtract", "mul", "mul_", "rmul", "imul",
+        "multiply", "div", "div_", "truediv", "divide", "true_divide", "rsqrt", "sqrt", "square", "pow", "reciprocal",
+        "neg", "negative", "addcmul", "addcdiv", "batch_norm", "instance_norm", "view", "view_as", "reshape",
+        "unsqueeze", "getitem", "expand", "expand_as", "to", "float", "half", "bfloat16", "double", "type", "type_as",
         "contiguous", "detach", "clone",
     }
 )
@@ -258,7 +259,11 @@ def _by_what_it_holds(scene: "Scene", name: str, module: nn.Module, bodies: list
         return Norm(name, {}, module.eps, calls, tail)
     norm = Norm(name, _held(name, module), float(getattr(module, "eps", 1e-5)), calls, tail)
     functions = {scene.record.operations[index].function for call in calls for index in call.operations}
-    if tail or not functions <= _ARITHMETIC or not scene.behaves_like(norm, module):
+    if functions - _ARITHMETIC:
+        return Kept(
+            "subclass", f"{type(module).__name__} calls {min(functions - _ARITHMETIC)}, which is no scale and shift"
+        )
+    if tail or not scene.behaves_like(norm, module):
         return _own_forward(module)
     return norm
 

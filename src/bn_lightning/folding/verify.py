@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from bn_lightning.errors import FoldError
 from bn_lightning.folding.numbers import exact
 from bn_lightning.preservation import preserved
 from bn_lightning.tracing.calls import ExampleCall
@@ -31,7 +32,7 @@ def float_outputs(model: nn.Module, calls: Sequence[ExampleCall], dtype: torch.d
     outputs = []
     for call in calls:
         with preserved(model), _WidenedCasts() if dtype == torch.float64 else nullcontext():
-            result = call.copied(dtype).run(model)
+            result = call.copied(dtype).run(model, error=FoldError)
             outputs += [exact(tensor).clone() for tensor in iter_tensors(result) if tensor.is_floating_point()]
     return outputs
 
