@@ -211,3 +211,41 @@ def test_what_a_forward_pass_keeps_in_attributes_comes_back(before):
     assert vars(net).keys() == kept.keys()
     assert all(vars(net)[name] is value for name, value in kept.items())
     assert net(torch.ones(2, 3)).shape == (2, 3)
+
+
+class Building(nn.Module):
+    """Makes layers and fills containers at its first call, as lazy code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.seen, self.cache, self.kinds = None, [], {}, set()
+
+    def forward(self, x):
+        if self.head is None:
+            self.head = nn.Linear(x.shape[1], 2)
+        if "offset" not in self._parameters:
+            self.offset = nn.Parameter(torch.ones(len(x), 1))
+        self.cache.setdefault("position", torch.arange(len(x))[:, None])
+        self.seen.append(x)
+        self.kinds.add(x.dtype)
+        return self.head(x) + self.offset + self.cache["position"]
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["fresh", "used"])
+def test_what_a_forward_pass_builds_or_collects_is_taken_back(warm):
+    net, x = Building(), torch.ones(2, 3)
+    if warm:
+        net(x)
+    kept = {name: value for name, value in vars(net).items()}
+    held = [list(net.seen), dict(net.cache), set(net.kinds), dict(net._modules), dict(net._parameters)]
+    with preserved(net):
+        net(x if warm else torch.ones(4, 5))
+        net.seen.append(1)
+    assert vars(net).keys() == kept.keys()
+    assert all(vars(net)[name] is value for name, value in kept.items())
+    now = [list(net.seen), dict(net.cache), set(net.kinds), dict(net._modules), dict(net._parameters)]
+    for before, after in zip(held, now, strict=True):
+        assert len(before) == len(after)
+        assert list(map(id, before)) == list(map(id, after))
+    assert net(x).shape == (2, 2)
+    assert isinstance(net.head, nn.Linear)

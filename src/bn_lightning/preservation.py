@@ -1,7 +1,10 @@
 """Borrow a model and give it back bit for bit, also after an error or an interrupt."""
 
+import copy
+import operator
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -23,15 +26,18 @@ __all__ = [
 ]
 
 
+_CONTAINERS = (list, dict, set, OrderedDict)
+
+
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Lend the model out; afterwards put back buffers, modes, attributes, gradients and random state.
 
     Gradients are set aside, so that the borrower starts from none and the owner's are never added to. Buffers are
     written in place and only where they changed, since optimizers, DDP and compiled graphs hold references.
-    Attributes (a counter, a metric's state, a cache of one image size) are what they were, the very objects; what a
-    forward pass changes inside of such an object is its own matter. Parameters are not copied: whoever writes to them
-    has to undo it.
+    Attributes (a counter, a metric's state, a cache of one image size) are what they were, the very objects, and lists,
+    dicts and sets hold what they held, submodules and parameters too; what a forward pass changes inside of other
+    objects is its own matter. Parameters are not copied: whoever writes to them has to undo it.
 
     Raises:
         BatchNormError: If a lazy module has not seen its first batch, since the forward pass would change the model,
@@ -58,6 +64,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 stack.callback(snapshot.restore)
             stack.callback(setattr, module, "training", module.training)  # not .train(): it recurses
             stack.callback(_put_back, vars(module), dict(vars(module)))
+            for name, value in vars(module).items():
+                if type(value) in _CONTAINERS and "_hooks" not in name:
+                    stack.callback(_refill, value, copy.copy(value))
         for parameter in parameters:
             parameter.grad = None
         yield
@@ -214,6 +223,17 @@ def _put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
     for name in attributes.keys() - before.keys():
         del attributes[name]
     attributes.update(before)
+
+
+def _refill(container: Any, before: Any) -> None:
+    if len(container) == len(before) and all(map(operator.is_, _items(container), _items(before))):
+        return
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(before)
+
+
+def _items(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
 
 
 def _hand_back(parameter: nn.Parameter, gradient: Tensor | None, requires_grad: bool) -> None:

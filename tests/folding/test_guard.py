@@ -304,3 +304,17 @@ def test_a_cast_to_integers_is_no_cast(randomize, images):
     fold_batch_norm(net, images).guarded()
     with pytest.raises(FoldError, match="is read by to"):
         net[0](images).to(torch.int64)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
+def test_a_copy_of_a_watched_network_is_not_watched(randomize, images, copied):
+    net = randomize(
+        nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    )
+    guard = fold_batch_norm(net, images).guarded()
+    other = copied(net)
+    assert torch.equal(other(images), net(images))
+    other[0](images).mean()
+    guard.check()
+    with pytest.raises(FoldError, match="is read by mean"):
+        net[0](images).mean()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from folding.nets import Written, fold_in_float64, rows_of
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from bn_lightning import fold_batch_norm, plan_fold
 from bn_lightning.errors import FoldError
@@ -256,3 +257,34 @@ def test_a_network_built_in_inference_mode_is_refused(images):
             with pytest.raises(FoldError, match=r"'0\.weight' was made in inference mode.*copy\.deepcopy"):
                 function(net, images)
     assert rows_of(fold_batch_norm(copy.deepcopy(net), images)) == {"1": ("folded-backward", "0")}
+
+
+@pytest.mark.parametrize("index", ["0", "1", "3"])
+def test_a_layer_that_was_replaced_is_not_written_to(randomize, images, index):
+    net = randomize(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1)))
+    net.insert(2, nn.Tanh())
+    result = fold_batch_norm(net, images)
+    assert [row.action for row in result.report.rows] == ["folded-backward", "folded-forward"]
+    replaced = {"0": nn.Conv2d(6, 4, 3), "1": nn.ReLU(), "3": nn.Identity()}[index]
+    net[int(index)] = replaced
+    before = copy.deepcopy(net.state_dict())
+    for act in (lambda: result.unfolded().__enter__(), lambda: result.load_unfolded(before)):
+        with pytest.raises(FoldError, match="was replaced since it was folded"):
+            act()
+        assert list(net.state_dict()) == list(before)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda layer: parametrizations.weight_norm(layer), lambda layer: prune.l1_unstructured(layer, "weight", 0.1)],
+    ids=["parametrized", "pruned"],
+)
+def test_undo_refuses_before_it_begins(net, images, change):
+    result = fold_batch_norm(net, images)
+    change(net[0])
+    expected = net(images)
+    for act in (result.undo, lambda: result.unfolded().__enter__(), lambda: result.load_unfolded({})):
+        with pytest.raises(FoldError, match=r"'0\.weight' is no parameter any more"):
+            act()
+        assert torch.equal(net(images), expected)

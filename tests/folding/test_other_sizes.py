@@ -154,6 +154,23 @@ def test_what_a_network_keeps_between_calls_is_not_of_another_size(randomize):
     assert (len(net.state), net.calls) == (2, 1)
 
 
+def test_a_network_that_builds_itself_is_not_built_by_another_size(randomize):
+    def building(n, x):
+        y = n.bn(n.conv(x))
+        if "scale" not in n._parameters:
+            n.scale = nn.Parameter(torch.ones(y.shape[1:]))
+        n.cache.setdefault("place", torch.arange(y.shape[3]))
+        return y * n.scale + n.cache["place"]
+
+    net = randomize(conv_and(building)())
+    net.cache = {}
+    for function in (plan_fold, fold_batch_norm):
+        result = function(net, images())
+        assert (net.cache, list(net._parameters)) == ({}, [])
+    assert rows_of(result) == {"bn": ("folded-backward", "conv")}
+    net(images())
+
+
 def test_a_network_that_goes_on_from_the_call_before_is_planned_from_its_own_calls(randomize):
     def recurrent(n, x):
         y = n.bn(n.conv(x)).tanh()

@@ -42,7 +42,8 @@ class FoldResult:
         weights have learned meanwhile is lost.
 
         Raises:
-            FoldError: If another fold of the same network came later and is not undone.
+            FoldError: If another fold of the same network came later and is not undone, or a folded weight was
+                parametrized or pruned since.
         """
         self._surgery.require_last()
         self._surgery.undo()
@@ -84,6 +85,7 @@ class FoldResult:
                 finite, a negative scale under max pooling, …). The network is then folded, with what it held before.
         """
         self._surgery.require_last()
+        self._surgery.require_in_place()
         steps = self._surgery.steps
         self._surgery.undo()
         before = [(tensor, tensor.detach().clone()) for tensor in (*self.model.parameters(), *self.model.buffers())]

@@ -107,6 +107,10 @@ class FoldGuard:
         self._given.clear()
         self._called.clear()
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # A copy of a part of the network, such as an average of its weights, is not what is being watched.
+        return _NoGuard, ()
+
     def _hand_out(self, step: FoldStep, module: nn.Module, args: Any, output: Any) -> Any:
         if self._looks_away(step):
             return None
@@ -138,6 +142,14 @@ class FoldGuard:
     def _looks_away(self, step: FoldStep) -> bool:
         lent_out = not self._surgery.is_folded
         return lent_out or step.name in self.unwatched or torch.compiler.is_compiling()
+
+
+class _NoGuard(FoldGuard):
+    def __init__(self) -> None:
+        pass
+
+    def _looks_away(self, step: FoldStep) -> bool:
+        return True
 
 
 def _repeats(seen: list[str], orders: Sequence[tuple[str, ...]]) -> bool:

@@ -36,6 +36,7 @@ class Surgery:
         self.steps: tuple[FoldStep, ...] = ()
         self._way_back: list[Callable[[], object]] = []
         self._token = object()
+        self._places: list[tuple[nn.Module, str, str]] = []
         self._written: list[tuple[str, Tensor, int, torch.dtype, torch.device]] = []
         # The same ones every time: a hook on one outlives `FoldResult.unfolded`, and optimizers hold parameters.
         self._stand_ins: dict[str, nn.Module] = {}
@@ -82,7 +83,7 @@ class Surgery:
         torch.clear_autocast_cache()
         for _, tensor, *_ in self._written:
             _FOLDS[tensor].remove(self._token)
-        self.steps, self._written = (), []
+        self.steps, self._written, self._places = (), [], []
 
     def require_last(self) -> None:
         """Refuse to take this fold back under a later one of the same network.
@@ -90,6 +91,12 @@ class Surgery:
         Raises:
             FoldError: If there is one.
         """
+        for module, key, name in self._places:
+            if key not in module._parameters and key not in module._buffers:
+                raise FoldError(
+                    f"{name!r} is no parameter any more since the fold (parametrized, pruned?), and cannot be put "
+                    "back. Take that away first."
+                )
         for name, tensor, *_ in self._written:
             if _FOLDS[tensor][-1] is not self._token:
                 raise FoldError(
@@ -106,6 +113,7 @@ class Surgery:
         Raises:
             FoldError: If a folded weight was written to, naming it.
         """
+        self.require_in_place()
         steps, affines = self.steps, self._affine_tensors()
         for name, tensor, version, dtype, device in self._written:
             if (tensor.dtype, tensor.device) != (dtype, device) and _version(tensor) != version:
@@ -122,6 +130,19 @@ class Surgery:
                     _overwrite(compared[name], learned[name])
             raise _changed(different[0])
 
+    def require_in_place(self) -> None:
+        """Refuse to fold again, by name, what is no longer what was folded.
+
+        Raises:
+            FoldError: If a weight, or what stands where a layer was, was replaced, naming it.
+        """
+        for name, tensor, *_ in self._written:
+            if owned_tensor(self.model, name) is not tensor:
+                raise _changed(name, "replaced")
+        for step in self.steps:
+            if self.model.get_submodule(step.name) is not self._stand_ins[step.name]:
+                raise _changed(step.name, "replaced")
+
     def _affine_tensors(self) -> dict[str, Tensor]:
         """Name the scale and shift of each layer that is left as one."""
         layers = {step.name: _scale_and_shift(self._stand_ins[step.name]) for step in self.steps if not step.targets}
@@ -137,6 +158,7 @@ class Surgery:
         owner, _, key = name.rpartition(".")
         module, tensor = self.model.get_submodule(owner), owned_tensor(self.model, name)
         self._way_back.append(_tensor_restorer(module, key, tensor))
+        self._places.append((module, key, name))
         if tensor is None:
             tensor = self._new_parameters.setdefault(name, nn.Parameter(torch.empty(0)))
             tensor.data = value.to(like.device, like.dtype)
@@ -208,9 +230,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool(((one - other).abs() <= torch.finfo(one.dtype).eps * other.abs()).all())
 
 
-def _changed(name: str) -> FoldError:
+def _changed(name: str, how: str = "changed") -> FoldError:
     return FoldError(
-        f"{name!r} was changed since it was folded (by training, or by loading weights), and unfolding would lose "
+        f"{name!r} was {how} since it was folded (by training, or by loading weights), and unfolding would lose "
         "that. Keep the folded network as it is, or take the fold back with undo()."
     )
 
