@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from bn_lightning import fold_batch_norm
+from bn_lightning.errors import FoldError
+from bn_lightning.folding.agreement import measure_agreement
 from bn_lightning.folding.numbers import Numbers
 from bn_lightning.folding.verify import comparison_problem, relative_error
 
@@ -314,3 +316,12 @@ def test_relative_error(found, reference, error):
 
 def test_a_fit_reference_has_no_problem():
     assert comparison_problem([torch.zeros(2), torch.tensor([1.0])]) is None
+
+
+def test_batches_whose_output_is_nonfinite_are_refused(randomize, images):
+    net = randomize(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)))
+    with pytest.raises(FoldError, match="holds nan or inf"):
+        fold_batch_norm(net, images, batches=[images, images * float("nan")])
+    assert isinstance(net[1], nn.BatchNorm2d)
+    apart = measure_agreement(lambda x: (x, x * float("nan")), [images])
+    assert apart.largest_difference == float("inf")

@@ -1,5 +1,6 @@
 """How far two networks agree on somebody's own data."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -49,7 +50,7 @@ def measure_agreement(
         max_batches: So many.
 
     Raises:
-        FoldError: If there are no batches, or none gives a floating-point output.
+        FoldError: If there are no batches, or the unfolded network's output for one is nan or infinite.
     """
     examples, same, positions = 0, 0, 0
     difference = size = 0.0
@@ -63,8 +64,14 @@ def measure_agreement(
         examples += len(inputs)
         before, after = (list(_floats(output)) for output in run(inputs))
         for ours, theirs in zip(before, after, strict=True):
+            if not ours.isfinite().all():
+                raise FoldError(
+                    "the unfolded network's output on one of the batches= holds nan or inf, where there is nothing to "
+                    "compare. Leave that batch out."
+                )
             if ours.numel():
-                difference = max(difference, float((ours.double() - theirs.double()).abs().max()))
+                apart = (ours.double() - theirs.double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+                difference = max(difference, float(apart.max()))
                 size = max(size, float(ours.abs().max()))
         if before and before[0].dim() > 1 and before[0].shape[1] > 1:
             equal = before[0].argmax(1) == after[0].argmax(1)
