@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bn_lightning.callbacks import ActivationMonitor, BatchNormAudit, FoldBatchNorm
+from bn_lightning.callbacks import ActivationMonitor, BatchNormAudit, BatchNormMonitor, FoldBatchNorm
 from bn_lightning.modules import ImageClassifier
 
 
@@ -106,12 +106,14 @@ def fingerprint(module, trainer):
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*in eval mode.*")
 def test_with_all_callbacks_bit_for_bit(tmp_path, kind):
     bare, bare_trainer, bare_losses = train(tmp_path, kind, [])
-    callbacks = [ActivationMonitor(every_n_steps=2, first_steps=1), BatchNormAudit(max_batches=3), FoldBatchNorm()]
+    monitor, running = ActivationMonitor(every_n_steps=2, first_steps=1), BatchNormMonitor(every_n_steps=2)
+    audit, fold = BatchNormAudit(max_batches=3), FoldBatchNorm()
+    callbacks = [monitor, running, audit, fold]
     watched, watched_trainer, losses = train(tmp_path, kind, callbacks)
     assert losses == bare_losses
     assert fingerprint(watched, watched_trainer) == fingerprint(bare, bare_trainer)
     # They did run.
-    monitor, audit, fold = callbacks
+    assert running.snapshot.rows[0].updates == 1
     assert "model.bn1" in str(monitor.table())
     assert {row.name for row in audit.report.layers} == {"model.bn1", "model.bn2"}
     assert fold.report is not None
@@ -128,5 +130,5 @@ def test_an_exception_in_training_leaves_the_model_as_it_was(tmp_path):
             trainer.fit(module, *loaders("plain"))
         return fingerprint(module, trainer)
 
-    callbacks = [ActivationMonitor(first_steps=5), BatchNormAudit(), FoldBatchNorm()]
+    callbacks = [ActivationMonitor(first_steps=5), BatchNormMonitor(), BatchNormAudit(), FoldBatchNorm()]
     assert train_until_it_raises(callbacks) == train_until_it_raises([])

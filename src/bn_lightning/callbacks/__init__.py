@@ -2,8 +2,16 @@
 
 from bn_lightning.callbacks.activation_monitor import ActivationMonitor
 from bn_lightning.callbacks.audit import BatchNormAudit
+from bn_lightning.callbacks.batch_norm_monitor import BatchNormMonitor
 from bn_lightning.callbacks.convert import ConvertBatchNorm
 from bn_lightning.callbacks.fold import FoldBatchNorm
 from bn_lightning.callbacks.freeze import FreezeBatchNorm
 
-__all__ = ["ActivationMonitor", "BatchNormAudit", "ConvertBatchNorm", "FoldBatchNorm", "FreezeBatchNorm"]
+__all__ = [
+    "ActivationMonitor",
+    "BatchNormAudit",
+    "BatchNormMonitor",
+    "ConvertBatchNorm",
+    "FoldBatchNorm",
+    "FreezeBatchNorm",
+]

@@ -3,6 +3,8 @@
 from bn_lightning.monitoring.cadence import Cadence, GrowingInterval
 from bn_lightning.monitoring.history import ActivationHistory
 from bn_lightning.monitoring.observe import ObservedActivations, observe_activations
+from bn_lightning.monitoring.running import RunningStatisticsWatch
+from bn_lightning.monitoring.running_snapshot import RunningSnapshot
 from bn_lightning.monitoring.snapshot import ActivationSnapshot
 from bn_lightning.monitoring.statistics import ChannelStatistics, LayerStatistics
 from bn_lightning.monitoring.watch import ActivationWatch
@@ -16,5 +18,7 @@ __all__ = [
     "GrowingInterval",
     "LayerStatistics",
     "ObservedActivations",
+    "RunningSnapshot",
+    "RunningStatisticsWatch",
     "observe_activations",
 ]

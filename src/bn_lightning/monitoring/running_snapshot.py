@@ -1,0 +1,253 @@
+"""What the running statistics of every BatchNorm layer tell, read."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from bn_lightning.errors import BatchNormError
+from bn_lightning.reports.table import Table
+
+__all__ = ["RecentStep", "RunningChannels", "RunningRow", "RunningSnapshot", "describe_layer"]
+
+# A channel that less than one value in a thousand leaves above zero.
+_DEAD = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class RunningChannels:
+    """Each channel of one layer, float64 on the CPU, over the optimizer steps since the last reading.
+
+    Attributes:
+        steps: (C,), how many of them moved the running statistics; everything else is NaN where there was none.
+        batch_mean: (C,), mean of the steps' batch means, activation units.
+        batch_mean_std: (C,), their standard deviation, ``correction=1``, activation units; NaN below two steps.
+        batch_var: (C,), mean of the steps' batch variances (``correction=1``), activation units squared.
+        mean_resolution: (C,), the most by which rounding can have put a step's batch mean off, activation units.
+        var_resolution: (C,), the same of its variance, activation units squared.
+        running_mean: (C,), as it is now.
+        running_var: (C,), as it is now.
+        weight: (C,), as it is now; ones without one.
+        bias: (C,), as it is now; zeros without one.
+    """
+
+    steps: Tensor
+    batch_mean: Tensor
+    batch_mean_std: Tensor
+    batch_var: Tensor
+    mean_resolution: Tensor
+    var_resolution: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRow:
+    """One layer. Values in units of σ = √(running_var + eps) are root mean squares over its channels.
+
+    Attributes:
+        layer: Its name.
+        channels: C.
+        updates: How often the running statistics were moved an optimizer step, on average.
+        drift: |mean of the batch means − running mean|, in σ; ``None`` if unknown: no update, or below the resolution.
+        noise: Standard deviation of the batch means from step to step, in σ; ``None`` if unknown.
+        spread: Geometric mean over the channels of batch σ / running σ; ``None`` if unknown.
+        resolution: How far rounding can have put a batch mean off, in σ; ``None`` without an update.
+        weight_rms: Root mean square of γ.
+        bias_rms: Root mean square of β.
+        dead_share: Share of channels of which, were the normalized values Gaussian, less than one in a thousand would
+            pass a ReLU behind the layer.
+        nonfinite: How many entries of the running statistics are NaN or infinite now.
+        spoiled_steps: After how many optimizer steps since the last reading some were.
+        first_spoiled: The first such step of the fit; ``None`` if there was none.
+        restored: How often finite statistics were put back in the fit.
+        reason: Why nothing, or not everything, was measured; empty otherwise.
+    """
+
+    layer: str
+    channels: int
+    updates: float | None = None
+    drift: float | None = None
+    noise: float | None = None
+    spread: float | None = None
+    resolution: float | None = None
+    weight_rms: float | None = None
+    bias_rms: float | None = None
+    dead_share: float | None = None
+    nonfinite: int = 0
+    spoiled_steps: int = 0
+    first_spoiled: int | None = None
+    restored: int = 0
+    reason: str = ""
+
+    @property
+    def remark(self) -> str:
+        """What is worth a second look, in words; empty for most layers."""
+        remarks = [self.reason] if self.reason else []
+        if self.nonfinite:
+            remarks.append(f"{self.nonfinite} nonfinite running statistics")
+        if self.first_spoiled is not None:
+            remarks.append(f"first nonfinite after step {self.first_spoiled}")
+        if self.restored:
+            remarks.append(f"restored {self.restored} times")
+        if self.updates is not None and self.updates not in (0.0, 1.0):
+            remarks.append(f"{self.updates:.3g} updates a step")
+        return "; ".join(remarks)
+
+
+@dataclass(frozen=True, slots=True)
+class RecentStep:
+    """One layer after one of the last optimizer steps.
+
+    Attributes:
+        step: The optimizer step.
+        updates: How often its running statistics were moved.
+        nonfinite: How many entries of them were NaN or infinite afterwards.
+        shift: Root mean square over the channels of (batch mean − running mean before) / running σ before; NaN without
+            an update.
+    """
+
+    step: int
+    updates: int
+    nonfinite: int
+    shift: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunningSnapshot:
+    """Every BatchNorm layer, in the order of the network's definition.
+
+    Attributes:
+        rows: One a layer.
+        step: The last optimizer step that is in it; ``None`` if there was none.
+        recent: Layer to its last steps, the oldest first.
+    """
+
+    rows: tuple[RunningRow, ...]
+    step: int | None
+    recent: Mapping[str, Sequence[RecentStep]]
+    _channels: Mapping[str, RunningChannels] = field(repr=False)
+
+    def channels(self, layer: str) -> RunningChannels:
+        """Return one layer channel by channel.
+
+        Raises:
+            BatchNormError: If there is no such layer, or nothing was measured of it.
+        """
+        if layer in self._channels:
+            return self._channels[layer]
+        for row in self.rows:
+            if row.layer == layer:
+                raise BatchNormError(f"nothing was measured of {layer!r}: {row.reason}.")
+        known = ", ".join(repr(row.layer) for row in self.rows[:5])
+        raise BatchNormError(f"there is no BatchNorm layer {layer!r}; the {len(self.rows)} watched begin with {known}.")
+
+    def to_dict(self) -> dict[str, dict[str, float | int | str | None]]:
+        """Return the fields of `RunningRow` by layer."""
+        return {row.layer: asdict(row) for row in self.rows}
+
+    def totals(self) -> dict[str, float]:
+        """Return what sums the whole network up; a value that no layer has is not there."""
+        worst = {
+            name: [value for row in self.rows if (value := getattr(row, name)) is not None]
+            for name in ("drift", "noise")
+        }
+        totals = {f"worst_{name}": max(values) for name, values in worst.items() if values}
+        totals["nonfinite"] = float(sum(row.nonfinite for row in self.rows))
+        restored = sum(row.restored for row in self.rows)
+        return {**totals, "restored": float(restored)} if restored else totals
+
+    def nonfinite_message(self, *, besides: Collection[str] = ()) -> str:
+        """Name the layer whose running statistics were nonfinite first, and what to do; empty if there is none.
+
+        Args:
+            besides: Layers to say nothing of.
+        """
+        spoiled = [row for row in self.rows if row.first_spoiled is not None and row.layer not in besides]
+        if not spoiled:
+            return ""
+        first = min(spoiled, key=lambda row: row.first_spoiled or 0)
+        others = f", as are those of {len(spoiled) - 1} other layers" if len(spoiled) > 1 else ""
+        fate = (
+            f"they were put back to the last finite ones {first.restored} times"
+            if first.restored
+            else 'evaluation is nonfinite from now on: recalibrate, or train with on_nonfinite="restore"'
+        )
+        return (
+            f"the running statistics of {first.layer!r} were NaN or infinite after optimizer step "
+            f"{first.first_spoiled}{others}; {fate}. A batch with an overflow, as under float16, is the usual cause."
+        )
+
+    def table(self) -> Table:
+        """Return one row a layer."""
+        at = "" if self.step is None else f" at optimizer step {self.step}"
+        columns = ("layer", "drift", "noise", "spread", "γ", "β", "dead %", "remark")
+        rows = [
+            (
+                row.layer,
+                row.drift,
+                row.noise,
+                row.spread,
+                row.weight_rms,
+                row.bias_rms,
+                None if row.dead_share is None else 100 * row.dead_share,
+                row.remark,
+            )
+            for row in self.rows
+        ]
+        notes = (
+            "drift: batch means against the running mean; noise: batch means from step to step; both in running σ",
+            "spread: batch σ by running σ; γ, β: root mean squares; dead %: channels a ReLU behind would leave at zero",
+            "a dash: no update, or too small to tell from rounding",
+        )
+        return Table(f"running statistics of {len(self.rows)} BatchNorm layers{at}", columns, rows, notes)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+def describe_layer(layer: str, channels: RunningChannels, *, eps: float, updates: float) -> RunningRow:
+    """Sum a layer's channels up; the fields that are counted on the device stay 0.
+
+    Args:
+        layer: Its name.
+        channels: Its channels.
+        eps: The layer's.
+        updates: An optimizer step, on average.
+    """
+    sigma = (channels.running_var + eps).sqrt()
+    resolution = _rms(channels.mean_resolution / sigma)
+    drift = _rms((channels.batch_mean - channels.running_mean) / sigma)
+    ratio = ((channels.batch_var + eps) / (channels.running_var + eps)).log().mean().div(2).exp()
+    known = (channels.var_resolution < channels.batch_var).all()
+    active = torch.special.ndtr(channels.bias / channels.weight.abs())
+    active = torch.where(channels.weight == 0, (channels.bias > 0).double(), active)
+    held = torch.stack([channels.running_mean, channels.running_var])
+    return RunningRow(
+        layer,
+        len(sigma),
+        updates=updates,
+        drift=_known(drift, resolution),
+        noise=_known(_rms(channels.batch_mean_std / sigma), resolution),
+        spread=_known(float(ratio), 0.0) if known else None,
+        resolution=_known(resolution, -1.0),
+        weight_rms=_rms(channels.weight),
+        bias_rms=_rms(channels.bias),
+        dead_share=float((active < _DEAD).double().mean()),
+        nonfinite=int((~held.isfinite()).sum()),
+    )
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _known(value: float, resolution: float) -> float | None:
+    return value if math.isfinite(value) and value > resolution else None
