@@ -13,7 +13,8 @@ import time
 import torch
 from torch import nn
 
-from bn_lightning.monitoring import ActivationWatch
+from bn_lightning.monitoring import ActivationWatch, RunningStatisticsWatch
+from bn_lightning.selection import named_batch_norms
 
 
 class Block(nn.Module):
@@ -101,6 +102,21 @@ class Watched:
         self.watch.remove()
 
 
+class Running:
+    """BatchNormMonitor's watch at every step, read as often as asked."""
+
+    def __init__(self, model, every):
+        self.watch = RunningStatisticsWatch(named_batch_norms(model))
+        self.every, self.step = every, 0
+
+    def flush(self):
+        self.watch.end(self.step)
+        self.step += 1
+        if self.step % self.every == 0:
+            self.watch.read()
+        self.watch.begin()
+
+
 def seconds(step, ways, flush=lambda: None):
     with ways:
         started = time.perf_counter()
@@ -154,6 +170,8 @@ def main():
         "bare step": (Bare(), lambda: None),
         "ActivationWatch, sampled step, flushed": (sampled, sampled.watch.flush),
         "ActivationWatch, between samples": (Watched(model, sampling=False), lambda: None),
+        "RunningStatisticsWatch at every step": (Bare(), Running(model, 50).flush),
+        "the same, read at every step": (Bare(), Running(model, 1).flush),
         "three reductions of the whole tensor": (Hooked(model, three_reductions), lambda: None),
         "like Hugging Face (min and max only)": (Hooked(model, hugging_face), lambda: None),
         "like fastai": (Hooked(model, fastai), lambda: None),

@@ -104,6 +104,25 @@ def test_what_is_logged_is_of_the_data(tmp_path, accumulate):
     assert "bn/worst_drift" in tags
 
 
+def test_an_optimizer_step_ends_with_the_epoch(tmp_path):
+    """Five batches by two: the last step of an epoch has one."""
+    monitor = BatchNormMonitor()
+    fit(tmp_path, monitor, batches=5, accumulate_grad_batches=2, max_epochs=2)
+    recent = monitor.snapshot.recent["network.1"]
+    assert [(each.step, each.updates) for each in recent] == [(0, 2), (1, 2), (2, 1), (3, 2), (4, 2), (5, 1)]
+
+
+def test_accumulation_that_changes_behind_a_step(tmp_path):
+    class Changes(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 3:  # Lightning counts this batch as a step, after the monitor has heard of it
+                trainer.accumulate_grad_batches = 2
+
+    monitor = BatchNormMonitor()
+    fit(tmp_path, monitor, Changes(), accumulate_grad_batches=3)
+    assert [each.updates for each in monitor.snapshot.recent["network.1"]] == [3, 1, 2, 2]
+
+
 def test_the_recent_steps_are_those_of_the_fit(tmp_path):
     monitor = BatchNormMonitor()
     fit(tmp_path, monitor, max_epochs=3)
@@ -167,6 +186,18 @@ def test_restore_makes_the_next_validation_finite(tmp_path):
     rows = monitor.snapshot.rows
     assert [(row.restored, row.first_spoiled, row.nonfinite) for row in rows] == [(1, 3, 0), (1, 3, 0)]
     assert monitor.snapshot.totals()["restored"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:the running statistics of")
+def test_restore_comes_before_the_validation_of_an_epoch_that_ends_in_a_partial_step(tmp_path):
+    _, module = fit(
+        tmp_path,
+        BatchNormMonitor(on_nonfinite="restore"),
+        module=Module(spoil_at=4),
+        batches=5,
+        accumulate_grad_batches=2,
+    )
+    assert module.validation[-1].isfinite().all()
 
 
 def test_restore_changes_nothing_where_nothing_is_wrong(tmp_path):

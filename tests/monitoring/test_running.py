@@ -125,8 +125,11 @@ def test_layers_that_did_not_move_are_unknown():
     moving, frozen = nn.BatchNorm2d(6), nn.BatchNorm2d(6).eval()
     watch = RunningStatisticsWatch({"moving": moving, "frozen": frozen})
     train(nn.Sequential(moving, frozen), watch, data(3))
-    rows = {row.layer: row for row in watch.read().rows}
+    snapshot = watch.read()
+    rows = {row.layer: row for row in snapshot.rows}
     assert rows["frozen"].updates == 0
+    frozen = snapshot.channels("frozen")
+    assert all(each.isnan().all() for each in (frozen.batch_mean, frozen.batch_mean_std, frozen.batch_var))
     assert (rows["frozen"].drift, rows["frozen"].noise, rows["frozen"].spread) == (None, None, None)
     assert rows["moving"].drift is not None
 
@@ -227,6 +230,15 @@ def test_buffers_that_are_bound_anew_and_momenta_that_change_are_followed():
     train(bn, watch, steps[2:], first=2)
     found = watch.read().channels("bn").batch_mean.numpy()
     np.testing.assert_allclose(found, of_numpy(steps[2:], 0.5)[:, 0].mean(0), atol=1e-4)
+
+
+def test_the_resolution_is_that_of_the_worst_step():
+    bn = nn.BatchNorm2d(6)
+    watch = RunningStatisticsWatch({"bn": bn})
+    large, small = data(1, mean=1e6)[0], data(1, mean=0.0)[0]
+    bn.momentum = 1.0
+    train(bn, watch, [large, small, small])
+    assert (watch.read().channels("bn").mean_resolution > 0.05).all()
 
 
 def test_the_table_reads_well():

@@ -118,22 +118,23 @@ class RunningStatisticsWatch:
         Returns:
             What gives the snapshot.
         """
-        steps, number = list(self._steps), self._ended
+        steps = list(self._steps)
+        recent = self._recent.roll(-self._ended, 0)[len(self._recent) - len(steps) :]
         per_layer = torch.stack([*self._counted, self._first_bad, self._restored])
-        parts = [torch.cat([self._kept, self._present()]), per_layer, self._recent]
+        parts = [torch.cat([self._kept, self._present()]), per_layer, recent]
         finish = copy_to_host(torch.cat([part.to(self._wide).flatten() for part in parts]))
         ended = self._ended - self._read_until
         self._clear()
 
         def snapshot() -> RunningSnapshot:
             values = finish().double()
-            columns, layers, recent = (
+            columns, layers, last = (
                 piece.view(shape)
                 for piece, shape in zip(
                     values.split([part.numel() for part in parts]), [part.shape for part in parts], strict=True
                 )
             )
-            return self._snapshot(columns, layers, recent, steps, number, ended)
+            return self._snapshot(columns, layers, last, steps, ended)
 
         return snapshot
 
@@ -142,29 +143,27 @@ class RunningStatisticsWatch:
         return self.start_reading()()
 
     def _snapshot(
-        self, columns: Tensor, layers: Tensor, recent: Tensor, steps: list[int], number: int, ended: int
+        self, columns: Tensor, layers: Tensor, recent: Tensor, steps: list[int], ended: int
     ) -> RunningSnapshot:
         channels = {
             name: _channels(block) for name, block in zip(self._layers, columns.split(self._widths, dim=1), strict=True)
         }
+        counted = dict(zip(self._layers, layers.mT.tolist(), strict=True))
         rows = []
         for name in self._names:
             if name in self._reasons:
                 rows.append(RunningRow(name, self._widths_of_others[name], reason=self._reasons[name]))
                 continue
-            updates, spoiled, first_bad, restored = layers[:, list(self._layers).index(name)].tolist()
+            updates, spoiled, first_bad, restored = counted[name]
             row = describe_layer(name, channels[name], eps=self._layers[name].eps, updates=updates / max(ended, 1))
             first = None if first_bad < 0 else int(first_bad)
             rows.append(replace(row, spoiled_steps=int(spoiled), first_spoiled=first, restored=int(restored)))
-        order = [(number - len(steps) + index) % len(recent) for index in range(len(steps))]
         past = {
             name: tuple(
-                RecentStep(
-                    step, int(recent[place, 0, index]), int(recent[place, 1, index]), float(recent[place, 2, index])
-                )
-                for step, place in zip(steps, order, strict=True)
+                RecentStep(step, int(updates), int(bad), shift)
+                for step, (updates, bad, shift) in zip(steps, rows_of_layer, strict=True)
             )
-            for index, name in enumerate(self._layers)
+            for name, rows_of_layer in zip(self._layers, recent.permute(2, 0, 1).tolist(), strict=True)
         }
         return RunningSnapshot(tuple(rows), steps[-1] if steps else None, past, channels)
 
