@@ -320,8 +320,12 @@ def test_a_fit_reference_has_no_problem():
 
 def test_batches_whose_output_is_nonfinite_are_refused(randomize, images):
     net = randomize(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)))
-    with pytest.raises(FoldError, match="holds nan or inf"):
+    with pytest.raises(FoldError, match="nan or inf throughout"):
         fold_batch_norm(net, images, batches=[images, images * float("nan")])
     assert isinstance(net[1], nn.BatchNorm2d)
     apart = measure_agreement(lambda x: (x, x * float("nan")), [images])
     assert apart.largest_difference == float("inf")
+    masked = images.masked_fill(images > 1, float("-inf"))
+    agreement = measure_agreement(lambda x: (x, x + 0.5), [masked])
+    assert agreement.largest_difference == pytest.approx(0.5)
+    assert agreement.largest_output == masked[masked.isfinite()].abs().max()

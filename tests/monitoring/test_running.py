@@ -91,20 +91,16 @@ def test_a_row_sums_its_channels_up():
 
 def test_a_reading_begins_anew_but_remembers_the_last_steps():
     net = nn.Sequential(nn.BatchNorm2d(6), nn.BatchNorm2d(6))
-    watch = RunningStatisticsWatch({"0": net[0], "1": net[1]}, recent=4)
-    steps = data(9, 2)
+    watch = RunningStatisticsWatch({"0": net[0], "1": net[1]})
+    steps = data(27, 2)
     train(net, watch, steps[:3])
     first = watch.read()
     assert (first.step, [each.step for each in first.recent["1"]]) == (2, [0, 1, 2])
     train(net, watch, steps[3:], first=3)
     second = watch.read()
-    assert second.channels("0").steps.tolist() == [6] * 6
-    assert [(each.step, each.updates, each.nonfinite) for each in second.recent["0"]] == [
-        (5, 2, 0),
-        (6, 2, 0),
-        (7, 2, 0),
-        (8, 2, 0),
-    ]
+    assert second.channels("0").steps.tolist() == [24] * 6
+    recent = [(each.step, each.updates, each.nonfinite) for each in second.recent["0"]]
+    assert recent == [(step, 2, 0) for step in range(7, 27)]
     expected = of_numpy(steps[3:], 0.1)
     np.testing.assert_allclose(second.channels("0").batch_mean.numpy(), expected[:, 0].mean(0), atol=1e-4)
     assert second.rows[0].remark == "2 updates a step"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from bn_lightning.callbacks.base import BatchNormCallback, log_figure, log_scalars
+from bn_lightning.callbacks.base import BatchNormCallback, ends_optimizer_step, log_figure, log_scalars
 from bn_lightning.errors import BatchNormError
 from bn_lightning.internals import logging_step
 from bn_lightning.monitoring import ActivationHistory, ActivationSnapshot, ActivationWatch, Cadence, GrowingInterval
@@ -126,8 +126,7 @@ class ActivationMonitor(BatchNormCallback):
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._watch.sampling = False
-        steps_now = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if steps_now and self._sampled_step is not None:
+        if ends_optimizer_step(trainer, batch_idx) and self._sampled_step is not None:
             self._flush(trainer)
 
     @override

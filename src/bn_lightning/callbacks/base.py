@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from bn_lightning.callbacks.replaced import require_same_classes, variant_classes
 
-__all__ = ["BatchNormCallback", "log_figure", "log_scalars"]
+__all__ = ["BatchNormCallback", "ends_optimizer_step", "log_figure", "log_scalars"]
 
 if TYPE_CHECKING:
     _Callback = pl.Callback
@@ -36,6 +36,11 @@ class BatchNormCallback(_Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._variants:
             require_same_classes(pl_module, self._variants)
+
+
+def ends_optimizer_step(trainer: Any, batch_idx: int) -> bool:
+    """Tell, after a training batch, whether the optimizer steps now: with its last micro-batch, or the epoch's."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or bool(trainer.is_last_batch)
 
 
 def log_scalars(trainer: Any, scalars: dict[str, float], step: int) -> None:

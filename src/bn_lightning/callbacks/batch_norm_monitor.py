@@ -6,7 +6,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from bn_lightning.callbacks.base import BatchNormCallback, log_scalars
+from bn_lightning.callbacks.base import BatchNormCallback, ends_optimizer_step, log_scalars
 from bn_lightning.errors import BatchNormError
 from bn_lightning.internals import logging_step
 from bn_lightning.monitoring import Cadence, RunningSnapshot, RunningStatisticsWatch
@@ -111,7 +111,7 @@ class BatchNormMonitor(BatchNormCallback):
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+        if not ends_optimizer_step(trainer, batch_idx):
             return
         step = self._open_step
         self._close_step()

@@ -1,6 +1,5 @@
 """How far two networks agree on somebody's own data."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -9,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bn_lightning.errors import FoldError
+from bn_lightning.folding.verify import difference_and_size
 from bn_lightning.tracing.nested import iter_tensors
 
 __all__ = ["Agreement", "measure_agreement"]
@@ -50,7 +50,7 @@ def measure_agreement(
         max_batches: So many.
 
     Raises:
-        FoldError: If there are no batches, or the unfolded network's output for one is nan or infinite.
+        FoldError: If there are no batches, or the unfolded network's output for one is nan or infinite throughout.
     """
     examples, same, positions = 0, 0, 0
     difference = size = 0.0
@@ -64,15 +64,15 @@ def measure_agreement(
         examples += len(inputs)
         before, after = (list(_floats(output)) for output in run(inputs))
         for ours, theirs in zip(before, after, strict=True):
-            if not ours.isfinite().all():
+            if not ours.numel():
+                continue
+            if not ours.isfinite().any():
                 raise FoldError(
-                    "the unfolded network's output on one of the batches= holds nan or inf, where there is nothing to "
-                    "compare. Leave that batch out."
+                    "the unfolded network's output on one of the batches= is nan or inf throughout: there is "
+                    "nothing to compare. Leave that batch out."
                 )
-            if ours.numel():
-                apart = (ours.double() - theirs.double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-                difference = max(difference, float(apart.max()))
-                size = max(size, float(ours.abs().max()))
+            apart, largest = difference_and_size(theirs, ours)
+            difference, size = max(difference, apart), max(size, largest)
         if before and before[0].dim() > 1 and before[0].shape[1] > 1:
             equal = before[0].argmax(1) == after[0].argmax(1)
             same, positions = same + int(equal.sum()), positions + equal.numel()

@@ -45,7 +45,7 @@ class FoldResult:
             FoldError: If another fold of the same network came later and is not undone, or a folded weight was
                 parametrized or pruned since.
         """
-        self._surgery.require_last()
+        self._surgery.require_undoable()
         self._surgery.undo()
 
     @contextmanager
@@ -56,7 +56,7 @@ class FoldResult:
             FoldError: If folded weights were changed since (by training, say), which would be lost; or if another fold
                 of the same network came later.
         """
-        self._surgery.require_last()
+        self._surgery.require_undoable()
         self._surgery.require_unchanged()
         with self._lent():
             yield self.model
@@ -84,7 +84,7 @@ class FoldResult:
             FoldError: If the keys or shapes do not fit, or the new numbers do not allow a fold (statistics that are not
                 finite, a negative scale under max pooling, …). The network is then folded, with what it held before.
         """
-        self._surgery.require_last()
+        self._surgery.require_undoable()
         self._surgery.require_in_place()
         steps = self._surgery.steps
         self._surgery.undo()

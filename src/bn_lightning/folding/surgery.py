@@ -2,7 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,24 @@ __all__ = ["Surgery"]
 
 # Of each tensor the folds that wrote to it and stand, oldest first. Tokens, since a Surgery keeps its network alive.
 _FOLDS: MutableMapping[Tensor, list[object]] = WeakTensorDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A tensor that a fold wrote to, where it was, and what it was then."""
+
+    name: str
+    module: nn.Module
+    key: str
+    tensor: Tensor
+    version: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def is_of_another_kind(self) -> bool:
+        """Whether it was cast or moved since."""
+        return (self.tensor.dtype, self.tensor.device) != (self.dtype, self.device)
 
 
 class Surgery:
@@ -36,8 +56,7 @@ class Surgery:
         self.steps: tuple[FoldStep, ...] = ()
         self._way_back: list[Callable[[], object]] = []
         self._token = object()
-        self._places: list[tuple[nn.Module, str, str]] = []
-        self._written: list[tuple[str, Tensor, int, torch.dtype, torch.device]] = []
+        self._written: list[_Written] = []
         # The same ones every time: a hook on one outlives `FoldResult.unfolded`, and optimizers hold parameters.
         self._stand_ins: dict[str, nn.Module] = {}
         self._new_parameters: dict[str, nn.Parameter] = {}
@@ -81,27 +100,28 @@ class Surgery:
                 self._way_back[-1]()
                 self._way_back.pop()
         torch.clear_autocast_cache()
-        for _, tensor, *_ in self._written:
-            _FOLDS[tensor].remove(self._token)
-        self.steps, self._written, self._places = (), [], []
+        for each in self._written:
+            folds = _FOLDS.get(each.tensor, [])
+            if self._token in folds:  # an interrupt may have come between the two notes
+                folds.remove(self._token)
+        self.steps, self._written = (), []
 
-    def require_last(self) -> None:
-        """Refuse to take this fold back under a later one of the same network.
+    def require_undoable(self) -> None:
+        """Refuse to take this fold back under a later one, or into weights that are no parameters any more.
 
         Raises:
-            FoldError: If there is one.
+            FoldError: If there is such a fold or weight.
         """
-        for module, key, name in self._places:
-            if key not in module._parameters and key not in module._buffers:
+        for each in self._written:
+            if each.key not in each.module._parameters and each.key not in each.module._buffers:
                 raise FoldError(
-                    f"{name!r} is no parameter any more since the fold (parametrized, pruned?), and cannot be put "
+                    f"{each.name!r} is no parameter any more since the fold (parametrized, pruned?), and cannot be put "
                     "back. Take that away first."
                 )
-        for name, tensor, *_ in self._written:
-            if _FOLDS[tensor][-1] is not self._token:
+            if _FOLDS[each.tensor][-1] is not self._token:
                 raise FoldError(
-                    f"another fold came after this one and stands on the {name!r} that this one made. Undo the later "
-                    "fold first."
+                    f"another fold came after this one and stands on the {each.name!r} that this one made. Undo "
+                    "the later fold first."
                 )
 
     def require_unchanged(self) -> None:
@@ -115,11 +135,10 @@ class Surgery:
         """
         self.require_in_place()
         steps, affines = self.steps, self._affine_tensors()
-        for name, tensor, version, dtype, device in self._written:
-            if (tensor.dtype, tensor.device) != (dtype, device) and _version(tensor) != version:
-                raise _changed(name)
-        compared = {name: tensor for name, tensor, _, *kind in self._written if [tensor.dtype, tensor.device] == kind}
-        compared |= affines
+        for each in self._written:
+            if each.is_of_another_kind and _version(each.tensor) != each.version:
+                raise _changed(each.name)
+        compared = {each.name: each.tensor for each in self._written if not each.is_of_another_kind} | affines
         learned = {name: tensor.detach().clone() for name, tensor in compared.items()}
         self.undo()
         self.fold(steps)
@@ -136,19 +155,19 @@ class Surgery:
         Raises:
             FoldError: If a weight, or what stands where a layer was, was replaced, naming it.
         """
-        for name, tensor, *_ in self._written:
-            if owned_tensor(self.model, name) is not tensor:
-                raise _changed(name, "replaced")
+        for each in self._written:
+            if owned_tensor(self.model, each.name) is not each.tensor:
+                raise _replaced(each.name)
         for step in self.steps:
             if self.model.get_submodule(step.name) is not self._stand_ins[step.name]:
-                raise _changed(step.name, "replaced")
+                raise _replaced(step.name)
 
     def _affine_tensors(self) -> dict[str, Tensor]:
         """Name the scale and shift of each layer that is left as one."""
         layers = {step.name: _scale_and_shift(self._stand_ins[step.name]) for step in self.steps if not step.targets}
         return {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.named_parameters()}
 
-    def __reduce__(self) -> str:
+    def __reduce__(self) -> NoReturn:
         raise FoldError(
             "the way back belongs to the very network that was folded, and cannot be copied with it. Copy "
             "result.model, or fold a copy (inplace=False)."
@@ -158,7 +177,6 @@ class Surgery:
         owner, _, key = name.rpartition(".")
         module, tensor = self.model.get_submodule(owner), owned_tensor(self.model, name)
         self._way_back.append(_tensor_restorer(module, key, tensor))
-        self._places.append((module, key, name))
         if tensor is None:
             tensor = self._new_parameters.setdefault(name, nn.Parameter(torch.empty(0)))
             tensor.data = value.to(like.device, like.dtype)
@@ -166,7 +184,7 @@ class Surgery:
             setattr(module, key, tensor)
         else:
             _overwrite(tensor, value)
-        self._written.append((name, tensor, _version(tensor), tensor.dtype, tensor.device))
+        self._written.append(_Written(name, module, key, tensor, _version(tensor), tensor.dtype, tensor.device))
         _FOLDS.setdefault(tensor, []).append(self._token)
 
     def _replace(self, step: FoldStep, affine: tuple[Tensor, Tensor] | None) -> None:
@@ -230,10 +248,17 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool(((one - other).abs() <= torch.finfo(one.dtype).eps * other.abs()).all())
 
 
-def _changed(name: str, how: str = "changed") -> FoldError:
+def _changed(name: str) -> FoldError:
     return FoldError(
-        f"{name!r} was {how} since it was folded (by training, or by loading weights), and unfolding would lose "
+        f"{name!r} was changed since it was folded (by training, or by loading weights), and unfolding would lose "
         "that. Keep the folded network as it is, or take the fold back with undo()."
+    )
+
+
+def _replaced(name: str) -> FoldError:
+    return FoldError(
+        f"{name!r} was replaced since it was folded, and to fold again would overwrite what is there now. Keep the "
+        "network as it is, or take the fold back with undo() and fold anew."
     )
 
 

@@ -15,7 +15,7 @@ from bn_lightning.preservation import preserved
 from bn_lightning.tracing.calls import ExampleCall
 from bn_lightning.tracing.nested import iter_tensors
 
-__all__ = ["comparison_problem", "float_outputs", "relative_error"]
+__all__ = ["comparison_problem", "difference_and_size", "float_outputs", "relative_error"]
 
 
 def float_outputs(model: nn.Module, calls: Sequence[ExampleCall], dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -65,19 +65,27 @@ def relative_error(found: Sequence[Tensor], reference: Sequence[Tensor]) -> floa
     return max(errors, default=math.inf)
 
 
-def _tensor_error(found: Tensor, reference: Tensor) -> float:
+def difference_and_size(found: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Return max|found - reference|, and max|reference| where that is finite.
+
+    Where one of them is nan or inf, a masked logit say, the other is the very same or infinitely far off.
+
+    Example:
+        >>> inf = float("inf")
+        >>> difference_and_size(torch.tensor([1.5, -inf]), torch.tensor([1.0, -inf]))
+        (0.5, 1.0)
+    """
     same = (found == reference) | (found.isnan() & reference.isnan())
-    compared = reference.isfinite() & ~same
-    if not (same | compared).all():
-        return math.inf
-    if same.all():
+    apart = (found.double() - reference.double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    size = torch.where(reference.isfinite(), reference.abs(), 0.0)
+    return float(apart.masked_fill(same, 0.0).max()), float(size.max())
+
+
+def _tensor_error(found: Tensor, reference: Tensor) -> float:
+    difference, size = difference_and_size(found, reference)
+    if difference == 0.0:
         return 0.0
-    difference, size = float((found - reference)[compared].abs().max()), _largest(reference)
     return difference / size if size and math.isfinite(difference) else math.inf
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(torch.where(tensor.isfinite(), tensor.abs(), 0.0).max())
 
 
 class _WidenedCasts(TorchFunctionMode):

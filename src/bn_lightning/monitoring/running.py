@@ -21,19 +21,21 @@ from bn_lightning.monitoring.running_snapshot import (
 
 __all__ = ["RunningStatisticsWatch"]
 
+# Steps that are remembered.
+_RECENT = 20
+
 
 class RunningStatisticsWatch:
     """Recover the batch statistics of each optimizer step from the change of the running ones.
 
     Everything stays on the device until `read`, which copies one tensor. Until then it keeps the mean and the spread
-    of each channel's batch means (Welford's update) and the mean of its batch variances; and of the last ``recent``
+    of each channel's batch means (Welford's update) and the mean of its batch variances; and of the last 20
     steps, whatever was read meanwhile, a few numbers a layer.
 
     Args:
         layers: Name to BatchNorm layer. One without running statistics, or whose running average follows a rule of its
             own, is a row with its reason.
         restore: Put a layer's last finite running statistics back after a step that leaves others, on the device.
-        recent: How many steps to remember.
 
     Example:
         >>> bn = nn.BatchNorm1d(2)
@@ -45,7 +47,7 @@ class RunningStatisticsWatch:
         [2.0, 10.0]
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], *, restore: bool = False, recent: int = 20) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], *, restore: bool = False) -> None:
         self.restore = restore
         self._reasons = {name: reason for name, layer in layers.items() if (reason := _unwatchable(layer))}
         self._names = tuple(layers)
@@ -70,7 +72,7 @@ class RunningStatisticsWatch:
         self._counts = torch.zeros(2, len(self._widths), dtype=torch.int64, device=self._device)
         self._momenta: list[float | None] = []
         self._momentum = torch.empty(0)
-        self._recent = torch.zeros(recent, 3, len(self._widths), dtype=self._wide, device=self._device)
+        self._recent = torch.zeros(_RECENT, 3, len(self._widths), dtype=self._wide, device=self._device)
         self._steps: list[int] = []
         self._ended = 0
         self._first_bad = torch.full((len(self._widths),), -1.0, dtype=self._wide, device=self._device)
@@ -105,9 +107,9 @@ class RunningStatisticsWatch:
         bad = self._by_layer((~after.isfinite()).any(0))
         self._first_bad = torch.where((bad > 0) & (self._first_bad < 0), step, self._first_bad)
         moved = (value[0] - before[0]).square() / before[1] / self._width
-        self._recent[self._ended % len(self._recent)] = torch.stack([updates, bad, self._by_layer(moved).sqrt()])
+        self._recent[self._ended % _RECENT] = torch.stack([updates, bad, self._by_layer(moved).sqrt()])
         self._ended += 1
-        self._steps = [*self._steps, step][-len(self._recent) :]
+        self._steps = [*self._steps, step][-_RECENT:]
         self._counted += torch.stack([updates, (bad > 0).long()])
         if self.restore and self._layers:
             self._put_back(bad > 0)
@@ -119,7 +121,7 @@ class RunningStatisticsWatch:
             What gives the snapshot.
         """
         steps = list(self._steps)
-        recent = self._recent.roll(-self._ended, 0)[len(self._recent) - len(steps) :]
+        recent = self._recent.roll(-self._ended, 0)[_RECENT - len(steps) :]
         per_layer = torch.stack([*self._counted, self._first_bad, self._restored])
         parts = [torch.cat([self._kept, self._present()]), per_layer, recent]
         finish = copy_to_host(torch.cat([part.to(self._wide).flatten() for part in parts]))

@@ -93,7 +93,7 @@ class RunningRow:
         if self.first_spoiled is not None:
             remarks.append(f"first nonfinite after step {self.first_spoiled}")
         if self.restored:
-            remarks.append(f"restored {self.restored} times")
+            remarks.append(f"restored {_times(self.restored)}")
         if self.updates is not None and self.updates not in (0.0, 1.0):
             remarks.append(f"{self.updates:.3g} updates a step")
         return "; ".join(remarks)
@@ -173,7 +173,7 @@ class RunningSnapshot:
         first = min(spoiled, key=lambda row: row.first_spoiled or 0)
         others = f", as are those of {len(spoiled) - 1} other layers" if len(spoiled) > 1 else ""
         fate = (
-            f"they were put back to the last finite ones {first.restored} times"
+            f"they were put back to the last finite ones {_times(first.restored)}"
             if first.restored
             else 'evaluation is nonfinite from now on: recalibrate, or train with on_nonfinite="restore"'
         )
@@ -243,6 +243,10 @@ def describe_layer(layer: str, channels: RunningChannels, *, eps: float, updates
         dead_share=float((active < _DEAD).double().mean()),
         nonfinite=int((~held.isfinite()).sum()),
     )
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _rms(values: Tensor) -> float:

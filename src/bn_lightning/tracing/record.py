@@ -236,7 +236,7 @@ def _blind_spots(record: ForwardRecord) -> Iterator[str]:
     read = [operation for operation in record.operations if operation.function in _TO_PYTHON and not operation.outputs]
     if read:
         again = f", and {len(read) - 1} times more" if len(read) > 1 else ""
-        yield f"Python reads a value ({read[0]}{again}): what follows may be another for other values."
+        yield f"Python reads a value ({read[0]}{again}): what follows may differ for other values."
     yield from _divergences(record)
 
 
