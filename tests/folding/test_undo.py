@@ -261,3 +261,18 @@ def test_folding_again_says_so(net, images):
 def test_arguments_the_wrong_way_round(small_net, images, function):
     with pytest.raises(BatchNormError, match=r"expected a torch\.nn\.Module.*Tensor"):
         function(images, small_net)
+
+
+def test_an_interrupt_between_the_notes_of_a_write(net, images, fingerprint, monkeypatch):
+    before, folds = fingerprint(net), surgery_module._FOLDS
+
+    class Interrupting:
+        get = folds.get
+
+        def setdefault(self, *args):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(surgery_module, "_FOLDS", Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        fold_batch_norm(net, images)
+    assert fingerprint(net) == before
