@@ -99,6 +99,7 @@ class _Worker:
             self._process = context.Process(target=_serve, args=(self.kind, theirs), daemon=True)
             self._process.start()
             theirs.close()  # or its end would not be noticed
+            self._connection.recv()  # "ready": what it imports first is not the network's time
         return self._connection
 
 
@@ -112,6 +113,7 @@ def _serve(kind: str, connection: Connection) -> None:
     else:  # imports the compiler: seconds
         from zoo.inductor import measure_inductor as measure
     with suppress(EOFError, KeyboardInterrupt):
+        connection.send("ready")
         while True:
             row = measure(connection.recv())
             connection.send((row, _peak_gib()))
