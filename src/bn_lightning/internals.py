@@ -4,8 +4,10 @@
 and ``_version`` are used where they are needed.
 """
 
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,9 @@ __all__ = [
     "WeakTensorDictionary",
     "assert_async",
     "compiled_original",
+    "gradient_scale",
     "hooks_on",
+    "in_backward",
     "is_compiled",
     "logging_step",
     "never_compiled",
@@ -45,6 +49,19 @@ def compiled_original(model: nn.Module) -> nn.Module | None:
     return inner if isinstance(inner, nn.Module) else None
 
 
+def gradient_scale(trainer: Any) -> Tensor | None:
+    """Return what ``precision="16-mixed"`` has multiplied the loss by, on the device (``_scale``); else ``None``."""
+    scaler = getattr(getattr(trainer, "precision_plugin", None), "scaler", None)
+    scale = getattr(scaler, "_scale", None)
+    return scale.detach().clone() if isinstance(scale, Tensor) else None
+
+
+def in_backward() -> bool:
+    """Tell whether a backward pass runs, as where activation checkpointing recomputes (``_current_graph_task_id``)."""
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    return current is not None and current() != -1
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Tell whether ``torch.compile`` runs a module: wrapped, in place (``_compiled_call_impl``) or by Lightning."""
     marks = ("_compiled_call_impl", "_compiler_ctx")
@@ -61,9 +78,14 @@ def logging_step(trainer: Any) -> int:
 
 
 def never_compiled(function: _Function) -> _Function:
-    """Keep ``torch.compile`` out of a function, importing nothing of it before the first call (``_disable_dynamo``)."""
-    disable = torch._disable_dynamo if hasattr(torch, "_disable_dynamo") else torch.compiler.disable
-    return disable(function)
+    """Keep ``torch.compile`` out of a function, importing nothing of it where it is not used (``_disable_dynamo``)."""
+    disabled = (torch._disable_dynamo if hasattr(torch, "_disable_dynamo") else torch.compiler.disable)(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (disabled if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+
+    return cast(_Function, call)
 
 
 def hooks_on(module: nn.Module) -> list[str]:

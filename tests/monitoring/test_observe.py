@@ -236,29 +236,6 @@ def test_a_network_without_a_layer_to_watch_is_no_error_until_it_is_drawn():
         activations.figure()
 
 
-def test_a_network_compiled_before_its_taps_were_set_is_told_so():
-    torch.compiler.reset()
-    net, x = network(), draw(2, 3, 8, 8)
-    compiled = torch.compile(net, backend="eager")
-    compiled(x)
-    with bnl.observe_activations(compiled) as activations:
-        compiled(x)
-    assert "compiled before the taps were set: watch first" in str(activations)
-    assert "compiled before the taps were set: watch first" in activations.to_dict()["0"]["reason"]
-    with bnl.observe_activations(net) as activations:
-        pass
-    assert "compiled" not in str(activations)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own reading of it
-def test_a_network_watched_before_it_is_compiled_is_measured():
-    torch.compiler.reset()
-    net, x = nn.Sequential(nn.Linear(3, 6), nn.ReLU()), draw(2, 5, 3)
-    with bnl.observe_activations(net) as activations:
-        output = torch.compile(net, backend="eager")(x)
-    np.testing.assert_allclose(activations.channels("1").std, output.detach().double().numpy().std((0, 1)), rtol=1e-5)
-
-
 def test_an_unknown_layer_is_named():
     net = network()
     with bnl.observe_activations(net) as activations:

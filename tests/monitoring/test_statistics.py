@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bn_lightning.functional.activation import Row, activation_statistics, empty_statistics, pool_statistics
+from bn_lightning.monitoring import observe_activations
 from bn_lightning.monitoring.statistics import ChannelStatistics, LayerStatistics
 
 
@@ -193,7 +194,32 @@ def test_empty_statistics_are_neutral():
         pytest.param(torch.ones(2, 2), "constant", id="constant"),
         pytest.param(torch.tensor([[torch.nan, 1.0], [1.0, torch.inf]]), "2 nonfinite values", id="nonfinite"),
         pytest.param(torch.tensor([[0.5, 1.0], [1.0, 0.0]]), "", id="nothing to say"),
+        pytest.param(torch.tensor([[-60.0, 1.0], [1.0, 0.0]]), "up to 60 % of what its dtype can hold", id="saturated"),
     ],
 )
 def test_remark(x, remark):
-    assert LayerStatistics.pooled(activation_statistics(x)).remark == remark
+    assert LayerStatistics.pooled(activation_statistics(x), limit=100.0).remark == remark
+
+
+def test_layers_side_by_side_are_pooled_as_each_alone():
+    xs = [draw(4, width, seed=width) + width for width in (3, 1, 5)]
+    xs.insert(1, torch.empty(0, 2))
+    blocks = [activation_statistics(x) for x in xs]
+    rows = LayerStatistics.of_layers(torch.cat(blocks, dim=1), [3, 2, 1, 5], ["", "why", "", ""], [np.nan] * 4)
+    for row, x in zip(rows, xs, strict=True):
+        values = x.double().numpy()
+        assert (row.count, row.channels) == (x.numel(), x.shape[1])
+        if x.numel():
+            expected = [values.mean(), values.std(), values.min(), values.max()]
+            np.testing.assert_allclose([row.mean, row.std, row.min, row.max], expected, rtol=1e-6)
+    assert [row.reason for row in rows] == ["", "why", "", ""]
+    assert np.isnan(rows[1].std)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float16, 30_000 / 65_504), (torch.bfloat16, 0.0)], ids=str)
+def test_saturation_is_against_the_dtype_of_the_output(dtype, share):
+    net = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Flatten())
+    with observe_activations(net) as activations:
+        net(torch.tensor([[3.0, -30_000.0, 30_000.0]], dtype=dtype))
+    found = [row["saturation"] for row in activations.to_dict().values()]
+    np.testing.assert_allclose(found, [share, share], atol=1e-30, rtol=1e-2)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bn_lightning as bnl
-from bn_lightning.monitoring import ActivationWatch
+from bn_lightning.monitoring import ActivationWatch, processes
 
 
 def draw(*shape, seed=0):
@@ -104,19 +104,19 @@ def test_hooks_never_read_a_value_on_the_host(monkeypatch):
         watch.flush()  # the proof that a read would have raised
 
 
-def test_a_flush_is_one_copy_whatever_the_number_of_layers(monkeypatch):
+def test_a_flush_is_one_copy_that_nothing_waits_for(monkeypatch):
     net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(30)))
-    watch, copies = ActivationWatch(), []
+    watch, copies = ActivationWatch(gradients=True), []
     watch.install(net)
     watch.sampling = True
     for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} in a hook"))
-    net(draw(2, 3))
+    monkeypatch.setattr(processes, "copy_to_host", lambda tensor: copies.append(tensor.clone()) or copies.pop)
+    net(draw(2, 3)).sum().backward()
+    finish = watch.start_flush(gradient_scale=torch.tensor(2.0))
+    assert [tensor.shape for tensor in copies] == [(7 * (90 + 90),)]
     monkeypatch.undo()
-    to_host = torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(tuple(self.shape)) or to_host(self))
-    watch.flush()
-    assert copies == [(7, 90)]
+    assert finish().to_dict()["29"]["count"] == 6
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bn_lightning.functional.activation import Row, empty_statistics, pool_statistics
+from bn_lightning.functional.activation import empty_statistics, pool_statistics
 from bn_lightning.functional.moments import accumulation_dtype
 
 __all__ = ["Layout", "Slot", "StatisticsBuffer"]
@@ -40,7 +40,9 @@ class StatisticsBuffer:
     """Statistics of many layers side by side in one (7, capacity) tensor, which grows when a layer is first seen.
 
     Args:
-        capacity: Columns to begin with; one channel takes one, 56 bytes.
+        capacity: Columns to begin with; one channel takes one, 56 bytes. After the first sample there are as many as
+            it took.
+        device: Where to keep the tensor if no layer is ever seen; otherwise it is where the first one's block is.
 
     Example:
         >>> buffer = StatisticsBuffer()
@@ -50,16 +52,18 @@ class StatisticsBuffer:
         torch.Size([7, 2])
     """
 
-    def __init__(self, capacity: int = 4096) -> None:
+    def __init__(self, capacity: int = 4096, device: torch.device | None = None) -> None:
         self.slots: dict[tuple[str, int], Slot] = {}
         self._capacity = capacity
+        self._device = device or torch.device("cpu")
+        self._dtype = accumulation_dtype(self._device)
         self._values: Tensor | None = None
 
     @property
     def used(self) -> Tensor:
         """The columns in use, (7, total channels), on the device; empty before the first `add`."""
         width = sum(slot.channels for slot in self.slots.values())
-        return torch.empty(len(Row), 0, dtype=torch.float64) if self._values is None else self._values[:, :width]
+        return self._empty(0) if self._values is None else self._values[:, :width]
 
     @property
     def layout(self) -> Layout:
@@ -82,7 +86,10 @@ class StatisticsBuffer:
 
     def clear(self) -> None:
         """Begin a new sample; the slots stay."""
-        if self._values is not None:
+        width = self.used.shape[1]
+        if self._values is not None and self._values.shape[1] > width > 0:
+            self._values = self._empty(width)  # what the first sample did not need
+        elif self._values is not None:
             self._values.copy_(self._empty(1))
         for slot in self.slots.values():
             slot.written = False

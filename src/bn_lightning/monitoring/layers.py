@@ -1,5 +1,6 @@
 """Which layers are watched by default, and which outputs can be measured."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -10,7 +11,7 @@ from bn_lightning.errors import BatchNormError
 from bn_lightning.internals import DropoutBase, LossBase
 from bn_lightning.selection import as_patterns, select_modules, unwrap
 
-__all__ = ["unmeasurable", "watchable_layers"]
+__all__ = ["largest_finite", "unmeasurable", "watchable_layers"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -74,6 +75,16 @@ def unmeasurable(tensor: Tensor) -> str:
     if tensor.dtype not in _FLOATS | _INTEGERS:
         return f"its output is {str(tensor.dtype).removeprefix('torch.')}"
     return ""
+
+
+def largest_finite(dtype: torch.dtype) -> float:
+    """Return the largest finite value of a floating dtype, and NaN for others, which do not overflow to infinity.
+
+    Example:
+        >>> largest_finite(torch.float16), largest_finite(torch.uint8)
+        (65504.0, nan)
+    """
+    return torch.finfo(dtype).max if dtype.is_floating_point else math.nan
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -1,13 +1,16 @@
 """One sample of every watched layer, read."""
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bn_lightning.errors import BatchNormError
+from bn_lightning.functional.activation import Row
 from bn_lightning.monitoring.statistics import ChannelStatistics, LayerStatistics
 from bn_lightning.reports.table import Table
 
@@ -22,7 +25,7 @@ NOT_CALLED = "not called"
 _COLUMNS = ("layer", "mean", "std", "min", "max", "zeros %", "values", "remark")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ActivationSnapshot:
     """The statistics of each layer's output over one sample, layers in order of execution.
 
@@ -31,17 +34,33 @@ class ActivationSnapshot:
         reasons: Layer to why nothing, or not everything, of it was measured.
         absent: The layers that were not called.
         step: Optimizer step of the sample; ``None`` where there is no such thing.
+        limits: Layer to the largest finite value of its output's dtype, the smallest one if it had several.
+        kind: What was measured: ``"activations"``, or ``"gradients"``, those that flow back into the outputs.
+        gradients: The gradients of the same sample, if they were asked for.
+        histograms: Layer to its values' counts, (512,) as in `log2_histogram`, if they were asked for.
     """
 
     blocks: Mapping[str, Tensor]
     reasons: Mapping[str, str]
     absent: frozenset[str] = frozenset()
     step: int | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    kind: str = "activations"
+    gradients: "ActivationSnapshot | None" = None
+    histograms: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> Mapping[str, LayerStatistics]:
+        """The layers' pooled statistics by name."""
+        widths = [block.shape[1] for block in self.blocks.values()]
+        together = torch.cat(list(self.blocks.values()), dim=1) if widths else torch.empty(len(Row), 0)
+        reasons = [self.reasons.get(name, "") for name in self.blocks]
+        limits = [self.limits.get(name, math.nan) for name in self.blocks]
+        return dict(zip(self.blocks, LayerStatistics.of_layers(together, widths, reasons, limits), strict=True))
 
     def layers(self) -> Iterator[tuple[str, LayerStatistics]]:
         """Go through the layers' names and pooled statistics."""
-        for name, block in self.blocks.items():
-            yield name, LayerStatistics.pooled(block, self.reasons.get(name, ""))
+        yield from self.rows.items()
 
     def to_dict(self) -> dict[str, dict[str, int | float | str]]:
         """Return the fields of `LayerStatistics` by layer, without channels."""
@@ -83,7 +102,7 @@ class ActivationSnapshot:
             none_called: What to say in that case.
         """
         at = "" if self.step is None else f" at optimizer step {self.step}"
-        title = f"activations of {len(self.blocks)} {'layer' if len(self.blocks) == 1 else 'layers'}{at}"
+        title = f"{self.kind} of {len(self.blocks)} {'layer' if len(self.blocks) == 1 else 'layers'}{at}"
         if self.absent.issuperset(self.blocks):
             why = list(dict.fromkeys(self.reasons.values())) or ["there is no layer to watch"]
             return Table(f"{title}, none called", _COLUMNS, [], [none_called] if why == [NOT_CALLED] else why)

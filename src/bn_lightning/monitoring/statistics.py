@@ -1,13 +1,19 @@
 """What one sample says about a layer and about its channels, as plain values."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from bn_lightning.functional.activation import Row, pool_statistics
+from bn_lightning.functional.activation import Row
+from bn_lightning.functional.grouped import add_groups, pool_groups
 
 __all__ = ["ChannelStatistics", "LayerStatistics"]
+
+# From here on, twice as much is more than the dtype can hold.
+_NEAR_OVERFLOW = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,7 @@ class LayerStatistics:
         nonfinite: How many values are NaN or infinite.
         dead_channels: How many channels were exactly 0 throughout the sample.
         channels: How many channels there are.
+        saturation: Largest magnitude as a share of the largest finite value of the output's dtype; NaN if not known.
         reason: Why nothing, or not everything, was measured; empty otherwise.
     """
 
@@ -38,11 +45,12 @@ class LayerStatistics:
     nonfinite: int
     dead_channels: int
     channels: int = 0
+    saturation: float = math.nan
     reason: str = ""
 
     @classmethod
-    def pooled(cls, block: Tensor, reason: str = "") -> "LayerStatistics":
-        """Pool the statistics of channels, (7, C).
+    def pooled(cls, block: Tensor, reason: str = "", limit: float = math.nan) -> "LayerStatistics":
+        """Pool the statistics of channels, (7, C), of outputs whose dtype goes up to ``limit``.
 
         Example:
             >>> from bn_lightning.functional.activation import activation_statistics
@@ -50,21 +58,31 @@ class LayerStatistics:
             >>> row.mean, row.zero_fraction, row.dead_channels
             (1.5, 0.5, 1)
         """
-        channels = ChannelStatistics.of(block)
-        whole = ChannelStatistics.of(pool_statistics(block)[:, None])
-        return cls(
-            count=int(whole.count),
-            mean=float(whole.mean),
-            std=float(whole.std),
-            min=float(whole.min),
-            max=float(whole.max),
-            rms=float(whole.rms),
-            zero_fraction=float(whole.zero_fraction),
-            nonfinite=int(whole.nonfinite),
-            dead_channels=int(channels.dead.sum()),
-            channels=block.shape[1],
-            reason=reason,
+        (row,) = cls.of_layers(block, [block.shape[1]], [reason], [limit])
+        return row
+
+    @classmethod
+    def of_layers(
+        cls, block: Tensor, widths: Sequence[int], reasons: Sequence[str], limits: Sequence[float]
+    ) -> list["LayerStatistics"]:
+        """Pool the statistics of layers that stand side by side, (7, all channels), in ``widths`` columns each."""
+        whole = ChannelStatistics.of(pool_groups(block.double(), widths))
+        dead = add_groups(ChannelStatistics.of(block).dead.long(), widths)
+        largest = torch.stack([whole.min, whole.max]).abs().amax(0)
+        columns = (
+            whole.count,
+            whole.mean,
+            whole.std,
+            whole.min,
+            whole.max,
+            whole.rms,
+            whole.zero_fraction,
+            whole.nonfinite,
+            dead,
+            torch.tensor(widths, dtype=torch.int64),
+            largest / torch.tensor(limits, dtype=torch.float64),
         )
+        return [cls(*row) for row in zip(*(column.tolist() for column in columns), reasons, strict=True)]
 
     def to_dict(self) -> dict[str, int | float | str]:
         """Return the fields by name."""
@@ -76,6 +94,8 @@ class LayerStatistics:
         remarks = [self.reason] if self.reason else []
         if self.nonfinite:
             remarks.append(f"{self.nonfinite} nonfinite values")
+        elif self.saturation > _NEAR_OVERFLOW:
+            remarks.append(f"up to {100 * self.saturation:.0f} % of what its dtype can hold")
         if self.dead_channels:
             all_of_them = self.dead_channels == self.channels
             remarks.append("all zero" if all_of_them else f"{self.dead_channels} of {self.channels} channels zero")

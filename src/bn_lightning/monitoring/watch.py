@@ -1,33 +1,47 @@
 """Read every layer's output while a network runs, without a host sync."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.functional.activation import Row, activation_statistics
-from bn_lightning.internals import compiled_original
-from bn_lightning.monitoring.buffer import Layout, StatisticsBuffer
+from bn_lightning.functional.activation import activation_statistics
+from bn_lightning.internals import in_backward, is_compiled, never_compiled
+from bn_lightning.monitoring.buffer import StatisticsBuffer
 from bn_lightning.monitoring.channels import ChannelAxes, find_tensor
+from bn_lightning.monitoring.compiled import compiling, record_in_graph, register_watch
 from bn_lightning.monitoring.layers import unmeasurable, watchable_layers
 from bn_lightning.monitoring.processes import ProcessMerge
+from bn_lightning.monitoring.sample import SampleNotes, describe_sample, of_gradient, rescaled_gradients
 from bn_lightning.monitoring.snapshot import NOT_CALLED, ActivationSnapshot
 
 __all__ = ["ActivationWatch"]
 
 # A layer whose channel count keeps changing has its sequence where channels are looked for.
 _MOST_CHANNEL_COUNTS = 8
-_COMPILED = f"{NOT_CALLED}, or compiled before the taps were set: watch first, then torch.compile"
+_COMPILED = (
+    f"{NOT_CALLED}, or compiled before the taps were set: watch first, then torch.compile, or compile anew after "
+    "torch.compiler.reset()"
+)
 _SCRIPTED = "compiled by torch.jit, which takes no hooks: watch the network before torch.jit.script"
 _UNKNOWN_AXIS = "measured as one channel: which axis holds its channels is not known"
 _EVER_NEW_COUNTS = f"measured as one channel after {_MOST_CHANNEL_COUNTS} different channel counts"
+_NO_GRADIENT_IN_GRAPHS = "torch.compile lets no gradient out of its graphs"
 
 
 class ActivationWatch:
     """Taps on the layers of a network, and the sample they have collected.
 
     A tap returns at once unless ``sampling`` is on. All calls of a layer since the last `flush` are one sample:
-    micro-batches, shared modules and repeated calls merge exactly. Statistics stay on the device until they are read.
+    micro-batches, shared modules and repeated calls merge exactly, and what activation checkpointing recomputes is not
+    counted again. Statistics stay on the device until they are read. Inside ``torch.compile`` a tap breaks no graph; it
+    has to be there before the network first runs.
+
+    Args:
+        gradients: Measure the gradient that flows back into each output too.
+        histograms: Count each output's values by sign and power of two too.
+        statistics: What measures one activation; see `activation_statistics`.
 
     Attributes:
         sampling: Whether the taps measure.
@@ -43,21 +57,30 @@ class ActivationWatch:
         12
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        gradients: bool = False,
+        histograms: bool = False,
+        statistics: Callable[..., Tensor] = activation_statistics,
+    ) -> None:
         self.sampling = False
+        self.gradients = gradients
+        self.histograms = histograms
+        self.statistics = statistics
+        self.number = register_watch(self)
         self._buffer = StatisticsBuffer()
         self._processes = ProcessMerge()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._names: tuple[str, ...] = ()
+        self._layers: dict[str, nn.Module] = {}
         self._absence = NOT_CALLED
         self._untapped: dict[str, str] = {}
         self._axes = ChannelAxes()
+        self._notes = SampleNotes()
         self._order: dict[str, None] = {}
-        self._called: set[str] = set()
-        self._reasons: dict[str, str] = {}
 
     def install(self, model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> None:
-        """Put a tap on each layer that `watchable_layers` picks; taps of an earlier call go.
+        """Put a tap on each layer that `watchable_layers` picks; taps and samples of an earlier call go.
 
         A layer that takes no tap stays in every sample, with the reason.
 
@@ -66,8 +89,9 @@ class ActivationWatch:
         """
         layers = watchable_layers(model, include, exclude)
         self.remove()
-        self._names = tuple(layers)
-        compiled = compiled_original(model) is not None
+        self._layers, self._order, self._notes = layers, {}, SampleNotes()
+        self._buffer = StatisticsBuffer(device=next((tensor.device for tensor in model.parameters()), None))
+        compiled = is_compiled(model) or any(map(is_compiled, model.modules()))
         self._absence = _COMPILED if compiled else NOT_CALLED
         self._untapped = {
             name: _SCRIPTED for name, layer in layers.items() if isinstance(layer, torch.jit.ScriptModule)
@@ -84,22 +108,35 @@ class ActivationWatch:
         self._handles.clear()
         self._axes.clear()
 
+    @never_compiled
     def measure(self, name: str, layer: nn.Module, args: object, output: object) -> None:
         """Add one output of a layer to the sample; an output that cannot be measured leaves its reason."""
         self._order.setdefault(name)
-        self._called.add(name)
         tensor = find_tensor(output)
         reason = f"its output holds no tensor ({type(output).__name__})" if tensor is None else unmeasurable(tensor)
         if tensor is None or reason:
-            self._reasons[name] = reason
+            self._notes.add(name, reason=reason)
             return
-        # Outside inference mode: what is written there could not be written to again later.
-        with torch.inference_mode(False), torch.no_grad():
-            self._buffer.add(name, self._statistics(name, layer, args, tensor))
+        axis = self._axis(name, layer, args, tensor)
+        if not in_backward():  # where checkpointing computes again what was counted already
+            self._add(name, tensor, axis)
+        if self.gradients and tensor.requires_grad:
+            tensor.register_hook(partial(self._measure_gradient, of_gradient(name), axis))
+
+    def measure_compiled(self, layer: str, output: Tensor) -> None:
+        """Add one output that a compiled graph has handed over."""
+        self._order.setdefault(layer)
+        reason = unmeasurable(output)
+        if self.gradients:
+            self._notes.add(of_gradient(layer), reason=_NO_GRADIENT_IN_GRAPHS)
+        if reason:
+            self._notes.add(layer, reason=reason)
+        elif not in_backward():
+            self._add(layer, output, self._axis(layer, self._layers[layer], (), output))
 
     def read(self) -> ActivationSnapshot:
         """Copy the sample so far to the host, in one transfer."""
-        return self._snapshot(self._buffer.used.cpu(), self._buffer.layout)
+        return self._start(across_processes=False)()
 
     def flush(self, *, across_processes: bool = False) -> ActivationSnapshot:
         """Read the sample and begin a new one.
@@ -108,47 +145,80 @@ class ActivationWatch:
             across_processes: Merge the samples of all processes of ``torch.distributed``, if it is initialized. Every
                 process has to call it then.
         """
+        return self.start_flush(across_processes=across_processes)()
+
+    def start_flush(
+        self, *, step: int | None = None, across_processes: bool = False, gradient_scale: Tensor | None = None
+    ) -> Callable[[], ActivationSnapshot]:
+        """Start to copy the sample to the host and begin a new one; nothing waits for the device.
+
+        Args:
+            step: The optimizer step, if there is such a thing.
+            across_processes: As in `flush`; every process has to ask for the snapshot at the same time, too.
+            gradient_scale: What the loss was multiplied by before the backward pass; gradients are divided by it.
+
+        Returns:
+            What gives the snapshot.
+        """
+        finish = self._start(step=step, across_processes=across_processes, gradient_scale=gradient_scale)
+        with torch.inference_mode(False), torch.no_grad():
+            self._buffer.clear()
+        self._notes = SampleNotes()
+        self._axes.clear()
+        return finish
+
+    def _start(
+        self, *, across_processes: bool, step: int | None = None, gradient_scale: Tensor | None = None
+    ) -> Callable[[], ActivationSnapshot]:
+        notes, order = self._notes, [*self._order, *self._layers]
         with torch.inference_mode(False), torch.no_grad():
             values, layout = self._buffer.used, self._buffer.layout
-            if across_processes:
-                values, layout = self._processes.merge(values, layout)
-            snapshot = self._snapshot(values.cpu(), layout)
-            self._buffer.clear()
-        self._axes.clear()
-        self._called, self._reasons = set(), {}
+            if gradient_scale is not None and layout:
+                values = rescaled_gradients(values, layout, gradient_scale)
+            nothing = values.new_empty(0)
+            finish = self._processes.start(values, layout, nothing, across_processes=across_processes)
+
+        def snapshot() -> ActivationSnapshot:
+            values, layout, _ = finish()
+            return describe_sample(
+                values,
+                layout,
+                notes,
+                order,
+                untapped=self._untapped,
+                absence=self._absence,
+                gradients=self.gradients,
+                histograms={},
+                step=step,
+            )
+
         return snapshot
 
-    def _statistics(self, name: str, layer: nn.Module, args: object, tensor: Tensor) -> Tensor:
+    @never_compiled
+    def _measure_gradient(self, name: str, axis: int | None, gradient: Tensor) -> None:
+        if self.sampling and not unmeasurable(gradient):
+            self._add(name, gradient, axis)
+
+    def _add(self, name: str, tensor: Tensor, axis: int | None) -> None:
+        self._notes.add(name, tensor.dtype)
+        # Outside inference mode: what is written there could not be written to again later.
+        with torch.inference_mode(False), torch.no_grad():
+            if tensor.dim() >= 2 and axis is None:
+                tensor = tensor.reshape(-1)
+            self._buffer.add(name, self.statistics(tensor, **({} if axis is None else {"channel_dim": axis})))
+
+    def _axis(self, name: str, layer: nn.Module, args: object, tensor: Tensor) -> int | None:
+        """Tell where the channels are; ``None`` if all of it is one channel."""
         if tensor.dim() < 2:
-            return activation_statistics(tensor)
+            return None
         axis = self._axes.of(layer, args, tensor)
         if axis is None:
-            self._reasons[name] = _UNKNOWN_AXIS
+            self._notes.reasons[name] = _UNKNOWN_AXIS
         elif (name, tensor.shape[axis]) not in self._buffer.slots:
             known = sum(layer_name == name for layer_name, _ in self._buffer.slots)
             if known >= _MOST_CHANNEL_COUNTS:
-                axis, self._reasons[name] = None, _EVER_NEW_COUNTS
-        return (
-            activation_statistics(tensor.reshape(-1))
-            if axis is None
-            else activation_statistics(tensor, channel_dim=axis)
-        )
-
-    def _snapshot(self, values: Tensor, layout: Layout) -> ActivationSnapshot:
-        blocks: dict[str, list[Tensor]] = {}
-        columns = values.split([channels for _, channels in layout], dim=1) if layout else ()
-        for (layer, _), block in zip(layout, columns, strict=True):
-            if block[Row.COUNT].any():
-                blocks.setdefault(layer, []).append(block)
-        nothing = values.new_empty(len(Row), 0)
-        names = dict.fromkeys([*self._order, *(layer for layer, _ in layout), *self._names])
-        seen = {*blocks, *self._called, *self._untapped}
-        absent = [name for name in names if name not in seen]
-        return ActivationSnapshot(
-            {name: torch.cat(blocks.get(name, [nothing]), dim=1) for name in names},
-            {**dict.fromkeys(absent, self._absence), **self._untapped, **self._reasons},
-            frozenset(absent),
-        )
+                axis, self._notes.reasons[name] = None, _EVER_NEW_COUNTS
+        return axis
 
 
 class _Tap:
@@ -162,7 +232,10 @@ class _Tap:
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if self._watch.sampling:
-            self._watch.measure(self._name, module, args, output)
+            if not compiling():
+                self._watch.measure(self._name, module, args, output)
+            elif (tensor := find_tensor(output)) is not None:
+                record_in_graph(self._watch.number, self._name, tensor)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # A copy of the network, such as an average of its weights, is not what is being watched.
