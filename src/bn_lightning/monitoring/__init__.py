@@ -1,5 +1,6 @@
 """See what every layer puts out while a network runs."""
 
+from bn_lightning.monitoring.alerts import Alert, AlertRules
 from bn_lightning.monitoring.cadence import Cadence, GrowingInterval
 from bn_lightning.monitoring.history import ActivationHistory
 from bn_lightning.monitoring.observe import ObservedActivations, observe_activations
@@ -13,6 +14,8 @@ __all__ = [
     "ActivationHistory",
     "ActivationSnapshot",
     "ActivationWatch",
+    "Alert",
+    "AlertRules",
     "Cadence",
     "ChannelStatistics",
     "GrowingInterval",

@@ -122,7 +122,7 @@ class RunningStatisticsWatch:
         """
         steps = list(self._steps)
         recent = self._recent.roll(-self._ended, 0)[_RECENT - len(steps) :]
-        per_layer = torch.stack([*self._counted, self._first_bad, self._restored])
+        per_layer = torch.stack([*self._counted, self._first_bad, self._restored, self._counts[1]])
         parts = [torch.cat([self._kept, self._present()]), per_layer, recent]
         finish = copy_to_host(torch.cat([part.to(self._wide).flatten() for part in parts]))
         ended = self._ended - self._read_until
@@ -156,10 +156,19 @@ class RunningStatisticsWatch:
             if name in self._reasons:
                 rows.append(RunningRow(name, self._widths_of_others[name], reason=self._reasons[name]))
                 continue
-            updates, spoiled, first_bad, restored = counted[name]
-            row = describe_layer(name, channels[name], eps=self._layers[name].eps, updates=updates / max(ended, 1))
-            first = None if first_bad < 0 else int(first_bad)
-            rows.append(replace(row, spoiled_steps=int(spoiled), first_spoiled=first, restored=int(restored)))
+            updates, spoiled, first_bad, restored, batches = counted[name]
+            layer = self._layers[name]
+            row = describe_layer(name, channels[name], eps=layer.eps, updates=updates / max(ended, 1))
+            rows.append(
+                replace(
+                    row,
+                    spoiled_steps=int(spoiled),
+                    first_spoiled=None if first_bad < 0 else int(first_bad),
+                    restored=int(restored),
+                    batches=int(batches),
+                    momentum=layer.momentum,
+                )
+            )
         past = {
             name: tuple(
                 RecentStep(step, int(updates), int(bad), shift)

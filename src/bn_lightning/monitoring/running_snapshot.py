@@ -65,6 +65,9 @@ class RunningRow:
         spoiled_steps: After how many optimizer steps since the last reading some were.
         first_spoiled: The first such step of the fit; ``None`` if there was none.
         restored: How often finite statistics were put back in the fit.
+        steps: How many optimizer steps since the last reading moved the running statistics.
+        batches: How many batches they hold in all; ``None`` if nothing was measured.
+        momentum: The weight of a new batch; ``None`` for the average of all batches.
         reason: Why nothing, or not everything, was measured; empty otherwise.
     """
 
@@ -82,6 +85,9 @@ class RunningRow:
     spoiled_steps: int = 0
     first_spoiled: int | None = None
     restored: int = 0
+    steps: int = 0
+    batches: int | None = None
+    momentum: float | None = None
     reason: str = ""
 
     @property
@@ -242,6 +248,7 @@ def describe_layer(layer: str, channels: RunningChannels, *, eps: float, updates
         bias_rms=_rms(channels.bias),
         dead_share=float((active < _DEAD).double().mean()),
         nonfinite=int((~held.isfinite()).sum()),
+        steps=int(channels.steps.max()),
     )
 
 
