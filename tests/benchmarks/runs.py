@@ -1,4 +1,4 @@
-"""The trainings: which are healthy, and which have which fault."""
+"""The trainings of false_alarms.py: healthy ones, and ones with one fault each."""
 
 from functools import partial
 
@@ -33,6 +33,10 @@ def layer_norm_mlp():
     return nn.Sequential(
         nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 10)
     )
+
+
+def log_softmax_mlp():
+    return nn.Sequential(*mlp((256, 128), norm=False), nn.LogSoftmax(dim=1))
 
 
 def vgg(widths=(16, 32, 64), act=nn.ReLU, norm=True, kaiming=False):
@@ -81,10 +85,16 @@ HEALTHY = [
     Training("MLP, no norm, SGD", partial(mlp, norm=False), sgd),
     Training("MLP, no norm, SGD, to zero loss", partial(mlp, norm=False), partial(sgd, weight_decay=0.0), steps=3001),
     Training("MLP, BN, Adam, to zero loss", mlp, partial(adam, lr=3e-3), steps=3001),
+    Training("MLP, LogSoftmax, NLL, to zero loss", log_softmax_mlp, slow, steps=3001, loss=nn.functional.nll_loss),
     Training("MLP, GELU, no norm, Adam", partial(mlp, act=nn.GELU, norm=False), adam),
     Training("MLP, tanh, no norm, SGD", partial(mlp, act=nn.Tanh, norm=False), slow),
     Training("MLP, two sigmoids, Adam", partial(mlp, (128, 64), act=nn.Sigmoid, norm=False), partial(adam, lr=5e-3)),
-    Training("MLP 1024 wide, dropout, AdamW, batch 16", partial(mlp, (1024,) * 3, norm=False, dropout=0.3), adam, 16),
+    Training(
+        "MLP 1024 wide, dropout, Adam, batch 16",
+        partial(mlp, (1024,) * 3, norm=False, dropout=0.3),
+        partial(adam, lr=3e-4),
+        16,
+    ),
     Training("MLP, LayerNorm, GELU, Adam", layer_norm_mlp, partial(adam, lr=3e-3)),
     Training("MLP 12 deep, BN, SGD", partial(mlp, (64,) * 12), slow),
     Training("MLP 8 deep, no norm, He init, Adam", partial(mlp, (64,) * 8, norm=False, gain=2**0.5), adam),
@@ -104,94 +114,140 @@ HEALTHY = [
     Training("residual, BN, bfloat16", residual, sgd, dtype=torch.bfloat16, steps=301),
     Training("residual, BN, float16, gradient scaler", residual, sgd, dtype=torch.float16, steps=301),
     Training("MLP, no norm, float16, gradient scaler", partial(mlp, norm=False), adam, dtype=torch.float16),
-    Training("residual, float16, scale found by overflows", residual, sgd, dtype=torch.float16, loss_scale=2.0**24, steps=101),
+    Training(
+        "residual, float16, scale found by overflows", residual, sgd, dtype=torch.float16, loss_scale=2.0**24, steps=101
+    ),
 ]
 
 
-@torch.no_grad()
-def at(step, change):
-    """Make a fault: change the network once, before the step."""
+def at(step, fault):
+    """Change the network once, before the step."""
 
     def before(network, now):
         if now == step:
-            change(network)
+            with torch.no_grad():
+                fault(network)
 
     return before
 
 
-@torch.no_grad()
-def kill(network):
-    for layer in network:
-        if isinstance(layer, nn.Linear) and layer.out_features > 10:
-            layer.bias.copy_(-100.0)
-            return
+def negative_bias(network):
+    next(layer for layer in network if isinstance(layer, nn.Linear)).bias.fill_(-100.0)
 
 
-def scale_weights(factor, index):
-    def change(network):
-        weighty = [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-        with torch.no_grad():
-            weighty[index].weight.mul_(factor)
+def scaled(index, factor):
+    """Multiply the weight of one of the linear or convolutional layers."""
 
-    return change
+    def fault(network):
+        layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        layers[index].weight.mul_(factor)
+
+    return fault
 
 
-def poison(network):
-    bn = next(layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d))
-    bn.running_var.fill_(torch.inf)
+def infinite_variance(network):
+    next(layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)).running_var.fill_(torch.inf)
+
+
+def images_from(step, change):
+    return lambda images, now: change(images) if now >= step else images
 
 
 class Root(nn.Module):
     def forward(self, x):
-        return x.relu().sqrt()
+        return x.sqrt()
 
 
-def from_step(step, change):
-    return lambda images, now: change(images) if now >= step else images
+def rooted():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), Root(), nn.Linear(64, 10))
 
 
-deep = (64,) * 12
+plain = partial(mlp, norm=False)
+deep = partial(mlp, (64,) * 12, norm=False)
+hardly = partial(torch.optim.SGD, lr=1e-9)
+
 SICK = [
-    Training("learning rate 100", partial(mlp, norm=False), partial(sgd, lr=100.0), expected=("nonfinite",)),
-    Training("a NaN in the images", mlp, sgd, images=from_step(300, lambda x: x / 0), expected=("nonfinite",)),
+    Training("learning rate 100", plain, partial(sgd, lr=100.0), expected=("nonfinite",)),
+    Training("learning rate 1, GELU", partial(plain, act=nn.GELU), partial(sgd, lr=1.0), expected=("nonfinite",)),
+    Training("NaN in the images", mlp, sgd, images=images_from(300, lambda x: x / 0), expected=("nonfinite",)),
+    Training("root of 0 in the network", rooted, sgd, steps=1, expected=("nonfinite-gradient",)),
+    Training("bias of -100", plain, sgd, before_step=at(100, negative_bias), expected=("dead",)),
+    Training("learning rate 3, ReLU", plain, partial(sgd, lr=3.0), expected=("dead",)),
+    Training("Adam at 0.1, ReLU", plain, partial(adam, lr=0.1), expected=("dead",)),
+    Training("VGG without norm, Adam at 0.1", partial(vgg, norm=False), partial(adam, lr=0.1), expected=("dead",)),
     Training(
-        "√0 in the network",
-        lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 64), Root(), nn.Linear(64, 10)),
-        sgd,
-        steps=1,
-        expected=("nonfinite-gradient",),
-    ),
-    Training("large negative bias", partial(mlp, norm=False), sgd, before_step=at(100, kill), expected=("dead",)),
-    Training("learning rate 3, ReLU", partial(mlp, norm=False), partial(sgd, lr=3.0), expected=("dead",)),
-    Training("Adam at 0.1, ReLU", partial(mlp, norm=False), partial(adam, lr=0.1), expected=("dead",)),
-    Training("VGG, Adam at 0.1", partial(vgg, norm=False), partial(adam, lr=0.1), expected=("dead",)),
-    Training(
-        "float16, large images",
-        partial(mlp, norm=False),
-        partial(sgd, lr=0.0),
-        images=from_step(0, lambda x: 3e4 * x),
+        "float16, images × 20,000",
+        plain,
+        hardly,
+        images=images_from(0, lambda x: 2e4 * x),
         dtype=torch.float16,
+        steps=201,
+        expected=("saturation",),
+    ),
+    Training(
+        "float16, a weight × 60,000 at step 10",
+        plain,
+        hardly,
+        before_step=at(10, scaled(1, 6e4)),
+        dtype=torch.float16,
+        steps=101,
         expected=("saturation", "nonfinite"),
     ),
     Training(
-        "float16, last weights × 30000",
-        partial(mlp, norm=False),
-        partial(sgd, lr=0.0),
-        before_step=at(0, scale_weights(4e4, -1)),
-        dtype=torch.float16,
-        expected=("saturation",),
+        "images × 255 from step 300",
+        plain,
+        partial(sgd, lr=1e-3),
+        images=images_from(300, lambda x: 255 * x),
+        expected=("scale-jump",),
     ),
-    Training("images × 255 from step 300", partial(mlp, norm=False), partial(sgd, lr=1e-3), images=from_step(300, lambda x: 255 * x), expected=("scale-jump",)),
-    Training("weights × 8 at step 12", partial(vgg, norm=False, kaiming=True), partial(adam, lr=1e-4), before_step=at(12, scale_weights(8, 2)), expected=("scale-jump",)),
-    Training("weights / 8 at step 420", partial(mlp, norm=False), partial(sgd, lr=1e-3), before_step=at(420, scale_weights(1 / 8, 1)), expected=("scale-jump",)),
-    Training("12 sigmoids deep", partial(mlp, deep, act=nn.Sigmoid, norm=False), sgd, expected=("vanishing-gradient",)),
-    Training("8 sigmoids deep", partial(mlp, (64,) * 8, act=nn.Sigmoid, norm=False), sgd, expected=("vanishing-gradient",)),
-    Training("12 ReLUs deep, weights too small", partial(mlp, deep, norm=False, gain=0.3), sgd, expected=("vanishing-gradient",)),
-    Training("12 ReLUs deep, weights too large", partial(mlp, deep, norm=False, gain=5.0), partial(sgd, lr=1e-9), expected=("exploding-gradient",)),
-    Training("12 tanhs deep, weights too large", partial(mlp, deep, act=nn.Tanh, norm=False, gain=8.0), partial(sgd, lr=1e-9), expected=("exploding-gradient",)),
-    Training("learning rate 1, no norm, GELU", partial(mlp, act=nn.GELU, norm=False), partial(sgd, lr=1.0), expected=("exploding-gradient","nonfinite")),
-    Training("weights × 100 at step 300", partial(mlp, norm=False), partial(sgd, lr=1e-4), before_step=at(300, scale_weights(300, -1)), expected=("exploding-gradient",)),
-    Training("momentum 0.001", partial(residual, momentum=0.001), sgd, steps=1001, expected=("drift",)),
-    Training("images shifted by 2 every 20 steps", mlp, sgd, images=lambda x, step: x + 2 * (step // 20), expected=("drift",)),
-    Training("infinite running variance", residual, sgd, steps=201, before_step=at(100, poison), expected=("nonfinite-statistics",)),
+    Training(
+        "a weight × 8 at step 12, VGG",
+        partial(vgg, norm=False, kaiming=True),
+        partial(adam, lr=1e-4),
+        before_step=at(12, scaled(2, 8)),
+        steps=101,
+        expected=("scale-jump",),
+    ),
+    Training(
+        "a weight × 20 at step 420",
+        plain,
+        partial(sgd, lr=1e-3),
+        before_step=at(420, scaled(1, 20)),
+        expected=("scale-jump",),
+    ),
+    Training(
+        "last weight × 300 at step 300",
+        plain,
+        partial(sgd, lr=1e-4),
+        before_step=at(300, scaled(-1, 300)),
+        expected=("scale-jump",),
+    ),
+    Training(
+        "8 sigmoids deep", partial(mlp, (64,) * 8, act=nn.Sigmoid, norm=False), sgd, expected=("vanishing-gradient",)
+    ),
+    Training("12 sigmoids deep", partial(deep, act=nn.Sigmoid), sgd, expected=("vanishing-gradient",)),
+    Training("12 ReLUs deep, weights too small", partial(deep, gain=0.3), sgd, expected=("vanishing-gradient",)),
+    Training("12 ReLUs deep, weights too large", partial(deep, gain=5.0), hardly, expected=("exploding-gradient",)),
+    Training(
+        "12 tanhs deep, weights too large",
+        partial(deep, act=nn.Tanh, gain=8.0),
+        hardly,
+        expected=("exploding-gradient",),
+    ),
+    Training("momentum 0.001", partial(residual, momentum=0.001), sgd, steps=651, expected=("drift",)),
+    Training(
+        "images that shift by 2 every 20 steps",
+        mlp,
+        sgd,
+        images=lambda x, step: x + 2 * (step // 20),
+        expected=("drift",),
+    ),
+    Training(
+        "infinite running variance",
+        residual,
+        sgd,
+        steps=101,
+        before_step=at(60, infinite_variance),
+        expected=("nonfinite-statistics",),
+    ),
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bn_lightning.modules import DigitsDataModule
-from bn_lightning.monitoring import ActivationWatch, Cadence, RunningStatisticsWatch
+from bn_lightning.monitoring import ActivationWatch, Alert, AlertRules, Cadence, RunningStatisticsWatch
 from bn_lightning.selection import named_batch_norms
 
 
@@ -25,6 +25,7 @@ class Training:
         accuracy: What it has to reach on its training images to count as healthy.
         warmup: Steps over which the learning rate grows from 0.
         decay: Whether it then falls along a cosine.
+        loss: Of the network's output and the labels.
         accumulate: Micro-batches a step.
         dtype: Of autocast; with float16 a gradient scaler is used.
         loss_scale: What that begins with.
@@ -41,6 +42,7 @@ class Training:
     accuracy: float = 0.98
     warmup: int = 0
     decay: bool = False
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
     accumulate: int = 1
     dtype: torch.dtype | None = None
     loss_scale: float = 2.0**16
@@ -57,11 +59,11 @@ class Training:
 
 @dataclass
 class Outcome:
-    """What became of a training: its accuracy on the training images, and how many samples were looked at."""
+    """What became of a training: its accuracy on the training images, how many samples were seen, what was told."""
 
     accuracy: float
     samples: int
-    alerts: list
+    alerts: list[Alert]
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -71,33 +73,35 @@ def digits() -> tuple[Tensor, Tensor]:
     return data.train_data.tensors
 
 
-def run(training: Training, rules, data: tuple[Tensor, Tensor], seed: int = 0) -> Outcome:
+def run(training: Training, rules: AlertRules, data: tuple[Tensor, Tensor], seed: int = 0) -> Outcome:
     """Train, and show each sample to the rules."""
     torch.manual_seed(seed)
     model = training.network()
     optimizer = training.optimizer(model.parameters())
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.rate)
+    rates = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler("cpu", training.loss_scale, enabled=training.dtype == torch.float16)
     watch = ActivationWatch(gradients=True)
     watch.install(model)
     running = RunningStatisticsWatch(named_batch_norms(model))
     cadence, batches = Cadence(), endless(data, training.batch_size)
-    alerts, samples = [], 0
+    alerts: list[Alert] = []
+    samples = 0
     for step in range(training.steps):
         training.before_step(model, step)
         watch.sampling = due = cadence.is_due(step)
         running.begin()
         optimizer.zero_grad()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * training.rate(step)
         for _ in range(training.accumulate):
             images, labels = next(batches)
             with torch.autocast("cpu", training.dtype, enabled=training.dtype is not None):
                 logits = model(training.images(images, step))
-            loss = nn.functional.cross_entropy(logits.float(), labels) / training.accumulate
+            loss = training.loss(logits.float(), labels) / training.accumulate
             scaler.scale(loss).backward()
         scale = torch.tensor(scaler.get_scale())
         scaler.step(optimizer)
         scaler.update()
-        schedule.step()
         running.end(step)
         if due:
             samples += 1

@@ -137,7 +137,7 @@ class _Scale:
     """A layer's log₂ standard deviations, at one distance of samples."""
 
     step: int | None
-    gap: int = 0
+    gap: int | None = None
     known: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     pending: list[float] = field(default_factory=list)
 
@@ -181,10 +181,10 @@ class ScaleJump(Symptom[ActivationSnapshot]):
             scale = self._scales[layer] = _Scale(step)
         elif step is not None and scale.step is not None:
             gap, scale.step = step - scale.step, step
-            if not scale.gap / 2 <= gap <= 2 * scale.gap:
-                scale.gap = gap
+            if scale.gap is not None and not scale.gap / 2 <= gap <= 2 * scale.gap:
                 scale.pending.clear()
                 scale.known.clear()
+            scale.gap = gap
         if len(scale.known) < _FEWEST:
             scale.known.append(value)
             return math.nan
@@ -204,4 +204,4 @@ class ScaleJump(Symptom[ActivationSnapshot]):
 
 
 def _times(doublings: float) -> str:
-    return f"a factor of {2**min(doublings, 1000):.3g}"
+    return f"a factor of {2 ** min(doublings, 1000):.3g}"

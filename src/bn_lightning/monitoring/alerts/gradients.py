@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-from bn_lightning.monitoring.alerts.symptom import PATIENCE, Symptom
+from bn_lightning.monitoring.alerts.symptom import Symptom
 from bn_lightning.monitoring.snapshot import ActivationSnapshot
 
 __all__ = ["ExplodingGradient", "NonfiniteGradient", "VanishingGradient"]
@@ -20,7 +20,7 @@ _FEWEST = 2
 
 
 class NonfiniteGradient(Symptom[ActivationSnapshot]):
-    """NaN or infinite gradients; at once, except under float16, where a gradient scaler finds its scale by overflows."""
+    """NaN or infinite gradients; at once, but under float16, where a gradient scaler finds its scale by overflows."""
 
     rule = "nonfinite-gradient"
     begins = ends = 0.0
