@@ -292,11 +292,14 @@ def test_a_jump_is_told_after_three_samples(base, sign):
     before = [base] * 8
     assert jumps([*before, *[base * 3.99**sign] * 9]) == []
     assert jumps([*before, *[base * 4.01**sign] * 9]) == [10]
-    assert jumps([*before, *[base * 4.01**sign] * 2, *before]) == [], "two samples"
+    two = [base * 4.01**sign] * 2
+    assert jumps([*before, *two, *before]) == []
+    assert jumps([*before, *two, *before[:3], *two, *before]) == [], "not in a row"
 
 
 def test_the_new_scale_is_the_expected_one():
     assert jumps([1.0] * 8 + [8.0] * 12 + [64.0] * 9) == [10, 22]
+    assert jumps([1.0] * 8 + [8.0] * 8 + [64.0] * 3) == [10, 18], "three samples of it are known when it is told"
 
 
 def test_a_jump_needs_something_to_compare_with():
@@ -400,7 +403,16 @@ def test_the_scale_of_the_loss_does_not_matter(scale):
 
 def test_a_branch_that_is_gone_round_has_not_vanished():
     """The second layer starts at zero, as behind a γ of 0; the first gets its gradient over the skip connection."""
-    assert not any(AlertRules().of_gradients(norms(1.0, 0.0, 0.0, 1.0, 1.0)) for _ in range(9))
+    rules = AlertRules()
+    assert not any(rules.of_gradients(norms(1.0, 0.0, 0.0, 1.0, 1.0)) for _ in range(9))
+
+
+def test_more_values_share_the_same_gradient():
+    """As in front of a pooling: the norm over all values is the same, each value's part is not."""
+    rules = AlertRules()
+    many, few = block(count=4_000_000, channels=1, std=1e-3), block(count=4, channels=1, std=1.0)
+    assert not any(rules.of_gradients(sample(a=many, b=few, c=few)) for _ in range(9))
+    assert not any(rules.of_gradients(sample(a=few, b=few, c=few, d=many)) for _ in range(9))
 
 
 def test_nothing_arrives_where_nothing_flows():
@@ -413,7 +425,8 @@ def test_nothing_arrives_where_nothing_flows():
 
 @pytest.mark.parametrize("values", [(0.0, 0.0, 0.0), (0.0, 0.0, 1e-3), (1.0,), ()], ids=str)
 def test_a_loss_that_is_zero_is_no_fault(values):
-    assert not any(AlertRules().of_gradients(norms(*values)) for _ in range(9))
+    rules = AlertRules()
+    assert not any(rules.of_gradients(norms(*values)) for _ in range(9))
 
 
 def test_a_gradient_scaler_may_find_its_scale():

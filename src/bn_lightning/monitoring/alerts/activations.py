@@ -8,6 +8,7 @@ from statistics import median
 
 from torch import Tensor
 
+from bn_lightning.functional.activation import Row
 from bn_lightning.monitoring.alerts.symptom import PATIENCE, Symptom
 from bn_lightning.monitoring.snapshot import ActivationSnapshot
 
@@ -58,7 +59,7 @@ class _Zeros:
 
     @property
     def share(self) -> float:
-        return float(self.dead.double().mean())
+        return int(self.dead.sum()) / len(self.dead)
 
 
 class DeadChannels(Symptom[ActivationSnapshot]):
@@ -101,8 +102,8 @@ class DeadChannels(Symptom[ActivationSnapshot]):
         if share <= self.begins:
             self._zeros.pop(layer, None)
             return share
-        channels = sample.channels(layer)
-        new = _Zeros(channels.dead, int(channels.count.min()))
+        block = sample.blocks[layer]
+        new = _Zeros(block[Row.ZEROS] == block[Row.COUNT], int(block[Row.COUNT].min()))
         old = self._zeros.get(layer)
         if old is not None and old.dead.shape == new.dead.shape:
             both = _Zeros(new.dead & old.dead, new.values + old.values, old.samples + 1)
