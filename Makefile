@@ -23,6 +23,7 @@ bench: .venv/installed  ## what the README's table quotes
 	$(BIN)/python tests/benchmarks/watching.py
 	$(BIN)/python tests/benchmarks/folding.py
 	$(BIN)/python tests/benchmarks/variants.py
+	$(BIN)/python tests/benchmarks/false_alarms.py
 
 test-zoo: .venv/installed  ## fold every timm and torchvision network with BN, resumable: make test-zoo ZOO='--minutes 20'
 	PYTHONPATH=tests $(BIN)/python -m zoo $(ZOO)

@@ -71,7 +71,7 @@ class DeadChannels(Symptom[ActivationSnapshot]):
     """
 
     rule = "dead"
-    # Healthy trainings: up to 0.39 in one sample, 0.2 over all samples in a row; sick ones 0.95 and more.
+    # Healthy: 0.39 at most, in one sample. Sick: 0.8 and more.
     begins = 0.5
     ends = 0.4
     patience = 1
@@ -117,7 +117,7 @@ class Saturation(Symptom[ActivationSnapshot]):
     """The largest magnitude is near what the output's dtype can hold."""
 
     rule = "saturation"
-    # One doubling away from an overflow; healthy trainings stay below 0.002, under float16 too.
+    # One doubling away from an overflow. Healthy: 0.0004 at most, under float16.
     begins = 0.5
     ends = 0.25
 
@@ -151,7 +151,7 @@ class ScaleJump(Symptom[ActivationSnapshot]):
     """
 
     rule = "scale-jump"
-    # Doublings. Healthy trainings have 1.1 beyond the noise at most, the sick ones 2.6 and more.
+    # Doublings. Healthy: above 1 only where that is less than 3 robust standard deviations. Sick: 3 and more.
     begins = 2.0
     ends = 1.0
     names_first = True

@@ -56,7 +56,7 @@ class VanishingGradient(Symptom[ActivationSnapshot]):
     """
 
     rule = "vanishing-gradient"
-    # Healthy trainings: 1.3 at most. Eight sigmoids deep 3.7, twelve 5.5.
+    # Healthy: 0.9 at most. Sick: 3.6 eight sigmoids deep, 5.4 twelve.
     begins = 2.5
     ends = 2.0
     names_first = True
@@ -91,7 +91,7 @@ class ExplodingGradient(Symptom[ActivationSnapshot]):
     """
 
     rule = "exploding-gradient"
-    # Healthy trainings: 1.2 at most. Twelve tanhs with weights eight times too large 3.5.
+    # Healthy: 1.1 at most. Sick: 2.9 in twelve tanhs, 4.9 in twelve ReLUs with weights too large.
     begins = 2.5
     ends = 2.0
 
