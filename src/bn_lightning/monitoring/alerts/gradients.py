@@ -74,10 +74,10 @@ class VanishingGradient(Symptom[ActivationSnapshot]):
     def describe(self, layer: str, value: float, sample: ActivationSnapshot) -> tuple[str, str]:
         """Say how little arrives."""
         norm = _norms(sample)[layer]
-        much = f"1e-{value:.1f} of" if math.isfinite(value) else "nothing of"
+        much = f"{10**-value:.1g} of" if math.isfinite(value) else "nothing of"
         return (
             f"the gradient that arrives at its output has norm {norm:.3g}, {much} the network's median, for "
-            f"{self.patience} samples in a row; 1e-{self.begins:g} is the least expected",
+            f"{self.patience} samples in a row; {10**-self.begins:.1g} of it is the least expected",
             "The layers up to here do not learn: look for dead or saturated activations behind them, normalize, use "
             "skip connections, or initialize larger",
         )
@@ -104,8 +104,8 @@ class ExplodingGradient(Symptom[ActivationSnapshot]):
     def describe(self, layer: str, value: float, sample: ActivationSnapshot) -> tuple[str, str]:
         """Say how large."""
         return (
-            f"the gradient that arrives at its output has norm {_norms(sample)[layer]:.3g}, 1e{value:.1f} times that "
-            f"of the layers nearest the loss, for {self.patience} samples in a row; 1e{self.begins:g} times is the "
+            f"the gradient that arrives at its output has norm {_norms(sample)[layer]:.3g}, {10**value:.2g} times that "
+            f"of the layers nearest the loss, for {self.patience} samples in a row; {10**self.begins:.0f} times is the "
             "most expected",
             "Clip gradients, lower the learning rate, normalize between here and the loss, or initialize smaller",
         )

@@ -31,8 +31,8 @@ class AlertRules:
     ``saturation``          the largest magnitude is above half of what the output's dtype can hold
     ``scale-jump``          the standard deviation is off by more than a factor of 4 from its last samples' median
     ``nonfinite-gradient``  a gradient is NaN or infinite; at once, under float16 after 10 samples in a row
-    ``vanishing-gradient``  less than 10⁻²·⁵ of the network's median gradient norm reaches the first layers
-    ``exploding-gradient``  a gradient norm is above 10²·⁵ times that of the layers nearest the loss
+    ``vanishing-gradient``  less than 0.3 % of the network's median gradient norm reaches the first layers
+    ``exploding-gradient``  a gradient norm is above 316 times that of the layers nearest the loss
     ``nonfinite-statistics``  BatchNorm's running statistics are NaN or infinite; at once
     ``drift``               BatchNorm's running mean is more than 0.25 σ from the batches' mean, and beyond the noise
     ======================  =========================================================================================

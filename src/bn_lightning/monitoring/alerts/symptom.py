@@ -23,8 +23,8 @@ class Symptom(ABC, Generic[_Sample]):
     nothing about a layer, by NaN or by leaving it out, counts neither way. Layers in which it begins with the same
     sample are told together.
 
-    Thresholds come from ``tests/benchmarks/false_alarms.py``: what its 29 healthy trainings reach, with two seeds, and
-    what its sick ones do, stands beside each.
+    Thresholds come from ``tests/benchmarks/false_alarms.py``: what its 29 healthy trainings reach, with three seeds,
+    and what its sick ones do, stands beside each.
 
     Attributes:
         rule: Its name, as users type it.
