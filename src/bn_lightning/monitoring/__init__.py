@@ -1,7 +1,7 @@
 """See what every layer puts out while a network runs."""
 
 from bn_lightning.monitoring.cadence import Cadence, GrowingInterval
-from bn_lightning.monitoring.history import ActivationHistory
+from bn_lightning.monitoring.history import ActivationHistory, RunningHistory
 from bn_lightning.monitoring.observe import ObservedActivations, observe_activations
 from bn_lightning.monitoring.running import RunningStatisticsWatch
 from bn_lightning.monitoring.running_snapshot import RunningSnapshot
@@ -18,6 +18,7 @@ __all__ = [
     "GrowingInterval",
     "LayerStatistics",
     "ObservedActivations",
+    "RunningHistory",
     "RunningSnapshot",
     "RunningStatisticsWatch",
     "observe_activations",
