@@ -96,7 +96,8 @@ class History(ABC):
                     if known[column][index]
                 }
                 line = {"step": step, "samples": samples, "layers": layers}
-                file.write(json.dumps(line, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+                text = json.dumps(line, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+                file.write(text.encode() + b"\n")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history as plain values and one CPU tensor."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bn_lightning.functional.activation import Row, empty_statistics, pool_statistics
+from bn_lightning.functional.grouped import add_groups, pool_groups
 from bn_lightning.monitoring.columns import History
 from bn_lightning.monitoring.running_snapshot import RunningSnapshot
 from bn_lightning.monitoring.snapshot import ActivationSnapshot
@@ -44,8 +45,10 @@ class ActivationHistory(History):
 
     def append(self, step: int, snapshot: ActivationSnapshot) -> None:
         """Add the sample of an optimizer step; a second sample of the same step is merged into it."""
-        readings = [_reading(block.double()) for block in snapshot.blocks.values()]
-        self._append(step, list(snapshot.blocks), torch.stack(readings, 1) if readings else self._nothing(0, 1)[..., 0])
+        if snapshot.blocks:
+            self._append(step, list(snapshot.blocks), _readings(list(snapshot.blocks.values())))
+        else:
+            self._append(step, [], self._nothing(0, 1)[..., 0])
 
     def values(self, stat: str) -> Tensor:
         """Return a statistic as (layers, steps); NaN where a layer was not called.
@@ -147,8 +150,10 @@ class RunningHistory(History):
         return torch.fmax(*parts.unbind(1))
 
 
-def _reading(block: Tensor) -> Tensor:
-    whole = pool_statistics(block)
-    dead = ChannelStatistics.of(block).dead
-    share = dead.double().mean() if dead.numel() else whole.new_zeros(())
+def _readings(blocks: list[Tensor]) -> Tensor:
+    widths = [block.shape[1] for block in blocks]
+    together = torch.cat(blocks, dim=1).double()
+    whole = pool_groups(together, widths)
+    dead = add_groups(ChannelStatistics.of(together).dead.double(), widths)
+    share = dead / torch.tensor(widths).clamp(min=1)
     return torch.cat([whole, (share * whole[Row.COUNT])[None]])

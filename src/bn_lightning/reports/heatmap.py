@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bn_lightning.reports.atomic import atomic_write
 from bn_lightning.reports.scales import Scale, colour_norm, scale_ticks
+from bn_lightning.reports.shortened import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +67,7 @@ def heat_map(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from bn_lightning.reports.labels import Labels, labels_width, shortened
+    from bn_lightning.reports.labels import Labels, labels_width
 
     array = np.asarray(values, dtype=np.float64)
     if array.shape != (len(rows), len(columns)) or not array.size:

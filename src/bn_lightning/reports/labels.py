@@ -14,9 +14,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["Labels", "labels_width", "shortened"]
+__all__ = ["Labels", "labels_width"]
 
-LONGEST_LABEL = 56
 _GAP = 5.0  # points between the names and the axes
 
 
@@ -110,19 +109,6 @@ def labels_width(names: Sequence[str], size: float, dpi: float) -> int:
     """
     font = _font(size, dpi)
     return round(max((font.getlength(name) for name in names), default=0.0)) + 1
-
-
-def shortened(name: str, longest: int = LONGEST_LABEL) -> str:
-    """Shorten a name in the middle, keeping more of its end.
-
-    Example:
-        >>> shortened("encoder.layer.11.output.dense", 16)
-        'encod…tput.dense'
-    """
-    if len(name) <= longest:
-        return name
-    tail = 2 * longest // 3
-    return f"{name[: longest - tail - 1]}…{name[-tail:]}"
 
 
 def _line(size: float, dpi: float) -> int:
