@@ -78,7 +78,7 @@ def test_names_are_shortened_only_where_they_have_to_be(width, whole_name):
 
 
 def test_in_a_very_narrow_terminal_a_row_is_a_paragraph():
-    lines = printed(44).splitlines()
+    lines = printed(43).splitlines()
     start = lines.index(NAME)
     assert lines[start + 1] == "  rms 1.23e+03   rms / median 0.4"
     assert lines[start + 2 : start + 5] == [

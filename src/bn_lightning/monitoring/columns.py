@@ -31,6 +31,7 @@ class History(ABC):
         layers: Names, in order of appearance.
         steps: The first optimizer step of each column.
         last_step: The last one added; -1 before.
+        kind: What was sampled, ``"activations"`` or ``"gradients"``; for the title of a picture.
     """
 
     maps: ClassVar[tuple[str, ...]]
@@ -44,6 +45,7 @@ class History(ABC):
         self._samples_a_column = 1
         self._samples_in_last = 0
         self.last_step = -1
+        self.kind = "activations"
 
     @abstractmethod
     def values(self, stat: str) -> Tensor:

@@ -45,6 +45,7 @@ class ActivationHistory(History):
 
     def append(self, step: int, snapshot: ActivationSnapshot) -> None:
         """Add the sample of an optimizer step; a second sample of the same step is merged into it."""
+        self.kind = snapshot.kind
         if snapshot.blocks:
             self._append(step, list(snapshot.blocks), _readings(list(snapshot.blocks.values())))
         else:

@@ -1,6 +1,7 @@
 """Which statistic is drawn how."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import torch
 
 from bn_lightning.errors import BatchNormError
 from bn_lightning.reports.heatmap import heat_map
+from bn_lightning.reports.profile import Profile, profile_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,15 +17,15 @@ if TYPE_CHECKING:
     from bn_lightning.monitoring.columns import History
     from bn_lightning.monitoring.snapshot import ActivationSnapshot
 
-__all__ = ["channel_map", "history_map"]
+__all__ = ["channel_map", "depth_profile", "history_map"]
 
 # What the values are, and how they are drawn.
 _STYLES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mean": ("mean of {}, activation units", {"scale": "diverging"}),
-    "std": ("standard deviation of {}, activation units", {"scale": "log"}),
-    "min": ("smallest value of {}, activation units", {"scale": "diverging"}),
-    "max": ("largest value of {}, activation units", {"scale": "diverging"}),
-    "rms": ("root mean square of {}, activation units", {"scale": "log"}),
+    "mean": ("mean of {}, {}", {"scale": "diverging"}),
+    "std": ("standard deviation of {}, {}", {"scale": "log"}),
+    "min": ("smallest value of {}, {}", {"scale": "diverging"}),
+    "max": ("largest value of {}, {}", {"scale": "diverging"}),
+    "rms": ("root mean square of {}, {}", {"scale": "log"}),
     "zero_fraction": ("share of exact zeros in {}", {"limits": (0.0, 1.0)}),
     "dead_fraction": ("share of dead channels, 0 throughout a sample, in {}", {"limits": (0.0, 1.0)}),
     "drift": ("how far running means are behind the batches' means, in running σ", {"scale": "log"}),
@@ -31,6 +33,11 @@ _STYLES: dict[str, tuple[str, dict[str, Any]]] = {
     "dead": ("share of channels that a ReLU behind BatchNorm would leave at zero", {"limits": (0.0, 1.0)}),
 }
 _OF_CHANNELS = ("mean", "std", "min", "max", "rms", "zero_fraction")
+# What they are of, and their unit.
+_SUBJECTS = {
+    "activations": ("{}'s output", "activation units"),
+    "gradients": ("the gradient at {}'s output", "loss per activation unit"),
+}
 _PERCENTILES = 101
 
 
@@ -52,7 +59,7 @@ def history_map(history: "History", stat: str) -> "Figure":
         history.values(stat).masked_fill(history.spoiled(stat), torch.inf).numpy(),
         history.layers,
         history.steps,
-        title=title.format("each layer's output"),
+        title=title.format(*_subject(history.kind, "each layer")),
         xlabel=xlabel + ("; at the line their distance changes" if breaks else ""),
         breaks=breaks,
         **style,
@@ -81,10 +88,53 @@ def channel_map(snapshot: "ActivationSnapshot", stat: str) -> "Figure":
         rows.numpy(),
         list(snapshot.blocks),
         [f"{100 * fraction:.0f} %" for fraction in position.tolist()],
-        title=title.format("each channel"),
+        title=title.format(*_subject(snapshot.kind, "each channel")),
         xlabel="channels of the layer, from smallest to largest",
         **style,
     )
+
+
+def depth_profile(snapshot: "ActivationSnapshot", earlier: "ActivationSnapshot | None" = None) -> "Figure":
+    """Draw mean ± std, std and zeros of the layers that have values, in order of execution from left to right.
+
+    Args:
+        snapshot: What is drawn.
+        earlier: Another sample of the same network, drawn faintly.
+
+    Raises:
+        BatchNormError: If no layer has values.
+    """
+    rows = {name: row for name, row in snapshot.rows.items() if row.count}
+    if not rows:
+        raise BatchNormError(f"there is nothing to draw: none of the {len(snapshot.rows)} watched layers has values.")
+    subject, unit = _subject(snapshot.kind, "each layer")
+    at = "" if snapshot.step is None else f" at optimizer step {snapshot.step}"
+    before = None
+    if earlier is not None:
+        before = ("earlier" if earlier.step is None else f"step {earlier.step}", _profile(rows, earlier))
+    return profile_figure(
+        list(rows),
+        _profile(rows, snapshot),
+        title=f"{subject}{at}, in order of execution",
+        unit=unit,
+        nonfinite=[row.nonfinite > 0 for row in rows.values()],
+        earlier=before,
+    )
+
+
+def _profile(names: Iterable[str], snapshot: "ActivationSnapshot") -> Profile:
+    rows = [snapshot.rows.get(name) for name in names]
+    return Profile(
+        *(
+            [math.nan if row is None else getattr(row, stat) for row in rows]
+            for stat in ("mean", "std", "zero_fraction")
+        )
+    )
+
+
+def _subject(kind: str, of: str) -> tuple[str, str]:
+    subject, unit = _SUBJECTS[kind]
+    return subject.format(of), unit
 
 
 def _style(stat: str, known: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy import ndarray
 
-__all__ = ["figure_image", "figure_png", "heat_map", "save_png"]
+__all__ = ["INFINITE", "figure_image", "figure_png", "heat_map", "save_png"]
 
 _DPI = 100
 _MOST_TICKS = 6
@@ -25,7 +25,7 @@ _MARGIN, _TITLE, _BAR, _TEXT_LINE = 12, 36, 14, 18
 _TALL = 900
 _COLOURS = {"linear": "viridis", "log": "viridis", "diverging": "RdBu_r"}
 # What cannot be taken for a value: neither viridis, dark violet to yellow, nor blue over white to red has these.
-_MISSING, _ZERO, _INFINITE = "#b0b0b0", "black", "#ff00d4"
+_MISSING, _ZERO, INFINITE = "#b0b0b0", "black", "#ff00d4"
 
 
 def heat_map(
@@ -150,7 +150,7 @@ def _paint(axes: "Axes", array: "ndarray[Any, Any]", norm: Any, scale: Scale) ->
     import numpy as np
     from matplotlib import colormaps
 
-    colours = colormaps[_COLOURS[scale]].with_extremes(bad=_MISSING, under=_ZERO, over=_INFINITE)
+    colours = colormaps[_COLOURS[scale]].with_extremes(bad=_MISSING, under=_ZERO, over=INFINITE)
     # Masked cells take the colour for missing ones; what is beyond the scale must not be masked, as a logarithm would.
     above, below = 2 * norm.vmax - norm.vmin, norm.vmin / 2
     shown = np.where(np.isinf(array), above, np.where((scale == "log") & (array <= 0), below, array))
@@ -162,7 +162,7 @@ def _colour_bar(axes: "Axes", norm: Any, scale: Scale, letter: float) -> None:
     import numpy as np
 
     axes.imshow(np.linspace(0, 1, 256)[None], cmap=_COLOURS[scale], aspect="auto", extent=(0, 1, 0, 1))
-    ticks = scale_ticks(norm, letter)
+    ticks = scale_ticks(norm, gap=letter, letter=letter)
     axes.set_xticks([float(norm(value)) for value in ticks], list(ticks.values()))
     axes.tick_params(axis="x", labelsize=9, bottom=False, labelbottom=False, top=True, labeltop=True, pad=1)
     axes.set_yticks([])
@@ -175,7 +175,7 @@ def _legend(bar: "Axes", array: "ndarray[Any, Any]", scale: Scale) -> None:
     meanings = (
         ("no value", _MISSING, np.isnan(array).any()),
         ("0", _ZERO, scale == "log" and (np.isfinite(array) & (array <= 0)).any()),
-        ("not finite", _INFINITE, np.isinf(array).any()),
+        ("not finite", INFINITE, np.isinf(array).any()),
     )
     x = 1.04
     for meaning, colour, occurs in meanings:
