@@ -11,6 +11,9 @@ from bn_lightning.reports.table import Cell, Table
 
 __all__ = ["worst_batch_norms", "worst_layers"]
 
+# Of what a dtype can hold; float32 outputs are at 1e-36, which says nothing.
+_NOTEWORTHY = 1e-4
+
 
 def worst_layers(snapshot: ActivationSnapshot, most: int = 10) -> Table:
     """Return the layers whose outputs look worst, the worst first.
@@ -98,7 +101,7 @@ def _activation_cells(row: LayerStatistics, usual: float) -> Sequence[Cell]:
         row.rms,
         row.rms / usual if math.isfinite(row.rms) and math.isfinite(usual) else None,
         100 * row.dead_channels / row.channels,
-        None if math.isnan(row.saturation) else 100 * row.saturation,
+        None if math.isnan(row.saturation) else 100 * row.saturation if row.saturation > _NOTEWORTHY else 0.0,
         row.remark,
     )
 
