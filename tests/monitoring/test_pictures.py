@@ -1,10 +1,13 @@
 """Which statistic is drawn how, and the depth profile."""
 
+import io
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
 from matplotlib.colors import to_rgb
 
 from bn_lightning.errors import BatchNormError
@@ -210,6 +213,13 @@ def test_the_names_below_a_profile_can_be_read(layers):
     distance = box.width / layers * (1 if layers <= 60 else labels.places[1])
     np.testing.assert_allclose(np.diff(starts), distance, atol=2)
     assert len(figure_png(figure)) < 100 * 1024
+
+
+def test_a_profile_saved_as_text_has_the_names_as_text():
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none"}):
+        depth_profile(snapshot(**{"stem.conv": draw(9), "head.fc": draw(9)})).savefig(file, format="svg")
+    assert re.findall(">(stem.conv|head.fc)<", file.getvalue()) == ["stem.conv", "head.fc"]
 
 
 @pytest.mark.parametrize(

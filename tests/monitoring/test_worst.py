@@ -104,18 +104,19 @@ ROWS = (
     row("spoiled late", nonfinite=2, first_spoiled=30),
     row("alive", 0.1, 0.2, 0.1),
     row("restored early", 0.9, 0.9, 0.9, first_spoiled=3, restored=1),
+    row("spoiled before", nonfinite=1),
     row("unknown", None, 0.7, 1.0),
 )
 
 
 def test_the_worst_running_statistics_come_first():
-    table = worst_batch_norms(RunningSnapshot(ROWS, 40, {}, {}), 6)
-    order = ["restored early", "spoiled late", "drifting", "quiet", "dead", "alive"]
+    table = worst_batch_norms(RunningSnapshot(ROWS, 40, {}, {}), 7)
+    order = ["spoiled before", "restored early", "spoiled late", "drifting", "quiet", "dead", "alive"]
     assert [row[0] for row in table.rows] == order
-    assert table.title == "running statistics: the 6 worst of 7 layers at optimizer step 40"
+    assert table.title == "running statistics: the 7 worst of 8 layers at optimizer step 40"
     assert list(table.notes) == ["1 layer is not shown", "1 layer has no values"]
-    assert table.rows[4][1:4] == (0.1, 0.2, 90.0)
-    assert "nonfinite" in str(table.rows[1][-1])
+    assert table.rows[5][1:4] == (0.1, 0.2, 90.0)
+    assert "nonfinite" in str(table.rows[2][-1])
 
 
 def test_nothing_is_made_of_unknown_numbers():

@@ -60,6 +60,7 @@ def test_the_middle_colour_is_the_middle_of_the_scale(scale, middle):
         pytest.param([0.0123, 0.5, 7.77], ("0.0123", "7.77"), id="between round numbers"),
         pytest.param([1.0, 2.0, 1e9], ("1", "1e+09"), id="many decades"),
         pytest.param([1.00001, 1.00002], ("1.00001", "1.00002"), id="nearly alike"),
+        pytest.param([0.0099, 1.01], ("0.0099", "1.01"), id="just beyond round numbers"),
         pytest.param([100.0, 100.3, 112.0], ("100", "112"), id="narrow"),
     ],
 )
@@ -92,6 +93,12 @@ def test_diverging_colours_tell_small_values_apart_beside_large_ones():
     small, tenfold, zero, *_ = diverging_colours(0.01, 0.1, 0.0, 0.1, -1.0, 10.0, 100.0)
     assert np.abs(small - zero).max() > 8
     assert np.abs(tenfold - small).max() > 8
+
+
+def test_a_diverging_scale_has_at_most_six_decades():
+    norm = draw([[1e-12, 1e-11, -100.0]], scale="diverging").axes[0].images[0].norm
+    assert (norm.vmin, norm.vmax) == (-100.0, 100.0)
+    assert norm.linthresh == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +182,14 @@ def test_every_layer_has_a_readable_label_and_its_own_line(layers):
     tops = np.flatnonzero(np.diff(names.astype(int), prepend=0) == 1)
     rows = np.arange(layers) * (box.height / layers)
     np.testing.assert_allclose(tops - rows, np.mean(tops - rows), atol=1.5)  # each beside its row
+
+
+def test_each_name_stands_beside_its_own_row():
+    figure = heat_map([[1.0], [2.0], [3.0]], ["i", "MMMMMMMM", "MMM"], [0], title="t")
+    box, pixels = figure.axes[0].bbox, figure_image(figure)
+    ink = 255 - pixels[-round(box.y1) : -round(box.y0), : round(box.x0) - 2].min(axis=2)
+    first, second, third = (int(row.sum()) for row in np.array_split(ink, 3))
+    assert first < third < second
 
 
 @pytest.mark.parametrize("name", ["layer1.0.conv1", "W.M.wide_names_of_many_letters"], ids=len)

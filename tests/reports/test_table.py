@@ -110,6 +110,12 @@ def test_an_output_without_greek_letters_ends_no_run():
     assert b"bn" in raw.getvalue()
 
 
+@pytest.mark.parametrize("width", [8, 100])
+def test_a_table_of_numbers_alone_is_printed(width):
+    text = printed(width, table=Table("t", ("step", "loss"), [(1, 0.5), (2, 0.25)]))
+    assert [word for word in text.split() if word[0].isdigit()] == ["1", "0.5", "2", "0.25"]
+
+
 @pytest.mark.parametrize("width", [30, 100])
 def test_a_table_without_rows_says_why(width):
     text = printed(width, table=Table("none called", ("layer", "std"), [], ["nothing ran"]))

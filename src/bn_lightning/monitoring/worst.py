@@ -108,7 +108,7 @@ def _activation_cells(row: LayerStatistics, usual: float) -> Sequence[Cell]:
 
 def _running_rank(row: RunningRow) -> tuple[float, ...]:
     spoiled = row.first_spoiled if row.first_spoiled is not None else 0 if row.nonfinite else math.inf
-    return spoiled, *(math.inf if value is None else -value for value in (row.drift, row.noise, row.dead_share))
+    return spoiled, *(-(value or 0.0) for value in (row.drift, row.noise, row.dead_share))
 
 
 def _title(what: str, shown: int, known: int, step: int | None) -> str:

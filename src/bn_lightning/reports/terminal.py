@@ -68,12 +68,13 @@ def _print_rows(table: "Table", console: Console) -> None:
 
 
 def _text_columns(table: "Table") -> list[int]:
-    return [index for index in range(len(table.columns)) if not table.is_numeric(index)]
+    """Return that of the names, which is the first one if all hold numbers, and those of remarks."""
+    return [index for index in range(len(table.columns)) if not table.is_numeric(index)] or [0]
 
 
 def _name_width(table: "Table", cells: Sequence[Sequence[str]], width: int) -> int | None:
     """Find how wide the first column of text can be; ``None`` if the table does not fit with one of 16 letters."""
-    names, *remarks = _text_columns(table) or [0]
+    names, *remarks = _text_columns(table)
     left = width - _AROUND - _BETWEEN * len(table.columns)
     for index, head in enumerate(table.columns):
         column = [head, *(row[index] for row in cells)]
