@@ -200,6 +200,12 @@ def test_a_profile_of_very_different_layers_is_logarithmic_on_both_sides():
     assert len(texts) == len(set(texts))
 
 
+def test_means_near_0_make_no_profile_logarithmic():
+    centred = draw(500) - draw(500).mean(0)
+    upper, *_ = depth_profile(snapshot(a=centred, b=draw(500, 1)), snapshot(a=draw(500, 2), b=centred)).axes
+    assert upper.get_yscale() == "linear"
+
+
 @pytest.mark.parametrize("layers", [1, 10, 60, 300])
 def test_the_names_below_a_profile_can_be_read(layers):
     figure = depth_profile(snapshot(**{f"stage{index}.conv": draw(9, index) for index in range(layers)}))

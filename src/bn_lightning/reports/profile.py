@@ -125,8 +125,10 @@ def _draw_spread(axes: "Axes", x: "ndarray[Any, Any]", profile: Profile, earlier
     axes.fill_between(x, mean - std, mean + std, color=_BLUE, alpha=0.2, linewidth=0, label="± std")
     axes.plot(x, mean, color=_BLUE, linewidth=1.4, marker=_marker(x), markersize=3, label="mean")
     if earlier is not None:
-        everything.append(_finite(earlier[1].mean))
-        axes.plot(x, everything[-1], color=_FAINT, linewidth=1, label=earlier[0])
+        before, deviation = _finite(earlier[1].mean), _finite(earlier[1].std)
+        everything += [before - deviation, before + deviation]
+        axes.plot(x, before, color=_FAINT, linewidth=1, label=earlier[0])
+    # Not the means themselves: behind a BatchNorm they are near 0, which is no reason for a logarithm.
     norm = colour_norm(np.concatenate(everything), "diverging", None)
     logarithmic = isinstance(norm, SymLogNorm)
     if logarithmic:
