@@ -1,23 +1,32 @@
 """Heat maps: what is where, in which colour, and that nothing global is touched."""
 
+import io
 import itertools
 import os
+import re
 import sys
 
 import numpy as np
 import pytest
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from bn_lightning.reports.heatmap import figure_image, heat_map, save_png
+from bn_lightning.reports.heatmap import figure_image, figure_png, heat_map, save_png
+from bn_lightning.reports.labels import Labels
 
-GREY, BLACK, RED = (208, 208, 208), (0, 0, 0), (227, 52, 47)
+GREY, BLACK, PINK = (176, 176, 176), (0, 0, 0), (255, 0, 212)
 
 
 def draw(values, **options):
     values = np.asarray(values, dtype=float)
     rows = [f"layer{index}" for index in range(len(values))]
     return heat_map(values, rows, range(values.shape[1]), title="t", **options)
+
+
+def legend(figure):
+    """What the colours beside the bar's own are said to mean."""
+    return [text.get_text() for text in figure.axes[1].texts if text.get_text() != "■"]
 
 
 def colour(figure, row, column):
@@ -27,9 +36,9 @@ def colour(figure, row, column):
     return tuple(int(part) for part in pixels[len(pixels) - 1 - round(y), round(x)])
 
 
-@pytest.mark.parametrize("log", [False, True], ids=["linear", "log"])
-def test_cells_are_where_their_values_are(log):
-    figure = draw([[1.0, 10.0, 100.0], [100.0, 1.0, 10.0]], log=log)
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_cells_are_where_their_values_are(scale):
+    figure = draw([[1.0, 10.0, 100.0], [100.0, 1.0, 10.0]], scale=scale)
     first = [colour(figure, 0, column) for column in range(3)]
     assert len(set(first)) == 3
     assert [colour(figure, 1, column) for column in range(3)] == [first[2], first[0], first[1]]
@@ -37,31 +46,78 @@ def test_cells_are_where_their_values_are(log):
     assert brightness == sorted(brightness)
 
 
-@pytest.mark.parametrize(("log", "middle"), [(False, 50.5), (True, 10.0)], ids=["linear", "log"])
-def test_the_middle_colour_is_the_middle_of_the_scale(log, middle):
-    figure = draw([[1.0, middle, 100.0]], log=log)
+@pytest.mark.parametrize(("scale", "middle"), [("linear", 50.5), ("log", 10.0)])
+def test_the_middle_colour_is_the_middle_of_the_scale(scale, middle):
+    figure = draw([[1.0, middle, 100.0]], scale=scale)
     viridis = [tuple(round(255 * part) for part in colormaps["viridis"](position)[:3]) for position in (0.0, 0.5, 1.0)]
     np.testing.assert_allclose([colour(figure, 0, column) for column in range(3)], viridis, atol=2)
 
 
-@pytest.mark.parametrize("log", [False, True], ids=["linear", "log"])
+@pytest.mark.parametrize("scale", ["linear", "log"])
 @pytest.mark.parametrize(
     ("values", "ends"),
     [
         pytest.param([0.0123, 0.5, 7.77], ("0.0123", "7.77"), id="between round numbers"),
         pytest.param([1.0, 2.0, 1e9], ("1", "1e+09"), id="many decades"),
         pytest.param([1.00001, 1.00002], ("1.00001", "1.00002"), id="nearly alike"),
+        pytest.param([0.0099, 1.01], ("0.0099", "1.01"), id="just beyond round numbers"),
         pytest.param([100.0, 100.3, 112.0], ("100", "112"), id="narrow"),
     ],
 )
-def test_the_ends_of_the_scale_are_labelled(values, ends, log):
-    bar = draw([values], log=log).axes[1]
+def test_the_ends_of_the_scale_are_labelled(values, ends, scale):
+    bar = draw([values], scale=scale).axes[1]
     figure_image(bar.figure)
     labels = [label for label in bar.get_xticklabels(which="both") if label.get_text()]
     texts = [label.get_text() for label in labels]
     assert (texts[0], texts[-1]) == ends
     assert len(set(texts)) == len(texts)
     boxes = [label.get_window_extent() for label in labels]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def diverging_colours(*values):
+    figure = draw([values], scale="diverging")
+    return [np.array(colour(figure, 0, column)) for column in range(len(values))]
+
+
+def test_diverging_colours_are_white_at_0_and_blue_below():
+    below, zero, above, far_above = diverging_colours(-1.0, 0.0, 1.0, 4.0)
+    assert zero.min() > 240
+    assert below[2] > below[0] + 20  # blue
+    assert above[0] > above[2] + 20  # red
+    assert far_above.sum() < above.sum()
+    assert abs(int(below.sum()) - int(above.sum())) < 60  # as far from white
+
+
+def test_diverging_colours_tell_small_values_apart_beside_large_ones():
+    small, tenfold, zero, *_ = diverging_colours(0.01, 0.1, 0.0, 0.1, -1.0, 10.0, 100.0)
+    assert np.abs(small - zero).max() > 8
+    assert np.abs(tenfold - small).max() > 8
+
+
+def test_a_diverging_scale_has_at_most_six_decades():
+    norm = draw([[1e-12, 1e-11, -100.0]], scale="diverging").axes[0].images[0].norm
+    assert (norm.vmin, norm.vmax) == (-100.0, 100.0)
+    assert norm.linthresh == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        pytest.param([-3.0, 1.0], ["-3", "-2", "-1", "0", "1", "2", "3"], id="linear"),
+        pytest.param([-5.0, 1e-3, 1e-2], ["-5", "-1", "0", "1", "5"], id="several decades"),
+        pytest.param([0.0], ["-1", "0", "1"], id="zero"),
+    ],
+)
+def test_a_diverging_scale_is_symmetric_and_labels_0(values, labels):
+    bar = draw([values], scale="diverging").axes[1]
+    texts = [label.get_text() for label in bar.get_xticklabels()]
+    assert set(labels) <= set(texts)
+    middle = texts.index("0")
+    assert texts[:middle] == [f"-{text}" for text in texts[:middle:-1]]
+    assert bar.get_xticks()[middle] == pytest.approx(0.5)
+    figure_image(bar.figure)
+    boxes = [label.get_window_extent() for label in bar.get_xticklabels()]
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
@@ -77,13 +133,15 @@ def test_breaks_are_lines_between_columns():
 
 
 def test_missing_infinite_and_zero_cells_stand_out():
-    figure = draw([[np.nan, np.inf, 0.0, -np.inf, 1.0, 50.0]], log=True)
-    assert [colour(figure, 0, column) for column in range(4)] == [GREY, RED, BLACK, RED]
-    assert "grey: no value, black: 0, red: not finite" in figure.axes[1].get_xlabel()
+    figure = draw([[np.nan, np.inf, 0.0, -np.inf, 1.0, 50.0]], scale="log")
+    assert [colour(figure, 0, column) for column in range(4)] == [GREY, PINK, BLACK, PINK]
+    assert legend(figure) == ["no value", "0", "not finite"]
+    swatches = [to_rgb(text.get_color()) for text in figure.axes[1].texts if text.get_text() == "■"]
+    assert [tuple(round(255 * part) for part in swatch) for swatch in swatches] == [GREY, BLACK, PINK]
 
 
 def test_a_clean_map_explains_no_colours_it_does_not_use():
-    assert "grey" not in draw([[1.0, 2.0]], log=True).axes[1].get_xlabel()
+    assert legend(draw([[1.0, 2.0]], scale="log")) == []
 
 
 @pytest.mark.parametrize(
@@ -98,9 +156,14 @@ def test_a_clean_map_explains_no_colours_it_does_not_use():
         pytest.param([[1.0]], id="one cell"),
     ],
 )
-@pytest.mark.parametrize("log", [False, True], ids=["linear", "log"])
-def test_awkward_values_are_drawn(values, log):
-    assert figure_image(draw(values, log=log)).std() > 0
+@pytest.mark.parametrize("scale", ["linear", "log", "diverging"])
+def test_awkward_values_are_drawn(values, scale):
+    assert figure_image(draw(values, scale=scale)).std() > 0
+
+
+def runs(inked):
+    """How many rows of pixels each unbroken run of True has."""
+    return [len(list(run)) for is_ink, run in itertools.groupby(inked) if is_ink]
 
 
 @pytest.mark.parametrize("layers", [5, 60, 300])
@@ -109,18 +172,54 @@ def test_every_layer_has_a_readable_label_and_its_own_line(layers):
     pixels = figure_image(figure)
     assert pixels.dtype == np.uint8
     assert len(pixels) < 3500
-    labels = figure.axes[0].get_yticklabels()
-    assert [label.get_text() for label in labels] == [f"layer{index}" for index in range(layers)]
-    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.y0)
-    assert min(box.height for box in boxes) >= 6
-    assert all(below.y1 <= above.y0 + 1.5 for below, above in itertools.pairwise(boxes))
+    box = figure.axes[0].bbox
+    names = (
+        pixels[len(pixels) - round(box.y1) : len(pixels) - round(box.y0), : round(box.x0) - 2].min(axis=(1, 2)) < 128
+    )
+    heights = runs(names)
+    assert len(heights) == layers  # no line touches the next
+    assert min(heights) >= 6
+    tops = np.flatnonzero(np.diff(names.astype(int), prepend=0) == 1)
+    rows = np.arange(layers) * (box.height / layers)
+    np.testing.assert_allclose(tops - rows, np.mean(tops - rows), atol=1.5)  # each beside its row
+
+
+def test_each_name_stands_beside_its_own_row():
+    figure = heat_map([[1.0], [2.0], [3.0]], ["i", "MMMMMMMM", "MMM"], [0], title="t")
+    box, pixels = figure.axes[0].bbox, figure_image(figure)
+    ink = 255 - pixels[-round(box.y1) : -round(box.y0), : round(box.x0) - 2].min(axis=2)
+    first, second, third = (int(row.sum()) for row in np.array_split(ink, 3))
+    assert first < third < second
+
+
+@pytest.mark.parametrize("name", ["layer1.0.conv1", "W.M.wide_names_of_many_letters"], ids=len)
+def test_names_begin_within_the_picture_and_end_before_the_map(name):
+    figure = heat_map([[1.0], [2.0]], ["a", name], [0], title="t")
+    box, pixels = figure.axes[0].bbox, figure_image(figure)
+    inked = np.flatnonzero((pixels[-round(box.y1) : -round(box.y0)].min(axis=(0, 2)) < 128)[: round(box.x0) - 2])
+    assert inked[0] >= 3
+    assert box.x0 - inked[-1] > 4
+
+
+def test_a_figure_saved_as_text_has_the_names_as_text():
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none"}):
+        heat_map([[1.0], [2.0]], ["stem.conv", "$x$"], [0], title="t").savefig(file, format="svg")
+    assert re.findall(">(stem.conv|\\$x\\$)<", file.getvalue()) == ["stem.conv", "$x$"]
+
+
+def test_a_figure_cropped_as_notebooks_do_keeps_the_names():
+    figure, file = draw([[1.0, 2.0]]), io.BytesIO()
+    figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0)
+    file.seek(0)
+    assert imread(file).shape[1] >= figure.axes[0].bbox.x1 - 12
 
 
 def test_long_names_are_shortened_in_the_middle():
     names = [f"backbone.encoder.stages.{index}.blocks.attention.self.query_projection" for index in range(2)]
     figure = heat_map([[1.0], [2.0]], names, [0], title="t")
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert all(len(label) == 56 and label.startswith("backbone") and label.endswith("projection") for label in labels)
+    (labels,) = figure.findobj(Labels)
+    assert all(len(name) == 56 and name.startswith("backbone") and name.endswith("projection") for name in labels.names)
 
 
 def test_few_columns_are_labelled_and_the_ends_are_among_them():
@@ -142,22 +241,16 @@ def test_names_that_do_not_fit_are_refused(values, rows, columns):
         heat_map(values, rows, columns, title="t")
 
 
-def test_png_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "map.png"
-    figure = draw([[1.0, 2.0]])
-    save_png(figure, path)
-    assert imread(path).shape[:2] == figure_image(figure).shape[:2]
+def test_a_png_has_the_colours_of_the_figure(tmp_path):
+    figure = draw(np.random.default_rng(0).standard_normal((60, 400)), scale="diverging")
+    save_png(figure, tmp_path / "new" / "map.png")
+    found = np.round(255 * imread(tmp_path / "new" / "map.png")[..., :3]).astype(int)
+    assert np.abs(found - figure_image(figure)).max() <= 6
 
-    class Broken:
-        def savefig(self, file, **options):
-            file.write(b"half")
-            raise KeyboardInterrupt
 
-    whole = path.read_bytes()
-    with pytest.raises(KeyboardInterrupt):
-        save_png(Broken(), path)
-    assert path.read_bytes() == whole
-    assert [entry.name for entry in path.parent.iterdir()] == ["map.png"]
+@pytest.mark.parametrize(("layers", "most"), [(60, 60), (300, 300)])
+def test_a_png_is_small(layers, most):
+    assert len(figure_png(draw(np.random.default_rng(0).random((layers, 400))))) < most * 1024
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions are another matter there")

@@ -2,7 +2,7 @@
 
 from bn_lightning.monitoring.alerts import Alert, AlertRules
 from bn_lightning.monitoring.cadence import Cadence, GrowingInterval
-from bn_lightning.monitoring.history import ActivationHistory
+from bn_lightning.monitoring.history import ActivationHistory, RunningHistory
 from bn_lightning.monitoring.observe import ObservedActivations, observe_activations
 from bn_lightning.monitoring.running import RunningStatisticsWatch
 from bn_lightning.monitoring.running_snapshot import RunningSnapshot
@@ -21,6 +21,7 @@ __all__ = [
     "GrowingInterval",
     "LayerStatistics",
     "ObservedActivations",
+    "RunningHistory",
     "RunningSnapshot",
     "RunningStatisticsWatch",
     "observe_activations",

@@ -1,27 +1,31 @@
 """Heat maps as figures, pictures in memory and PNG files, without pyplot and its global state."""
 
-import math
 import os
-import uuid
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from bn_lightning.reports.atomic import atomic_write
+from bn_lightning.reports.scales import Scale, colour_norm, scale_ticks
+from bn_lightning.reports.shortened import shortened
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy import ndarray
 
-__all__ = ["figure_image", "heat_map", "save_png"]
+__all__ = ["INFINITE", "figure_image", "figure_png", "heat_map", "save_png"]
 
 _DPI = 100
-_LONGEST_LABEL = 56
 _MOST_TICKS = 6
-_DECADES = 12
-# Beside viridis, which runs from dark violet to yellow, these three cannot be taken for values.
-_MISSING, _ZERO, _INFINITE = "#d0d0d0", "black", "#e3342f"
-_BREAK = "white"
-# A letter's share of the length of the colour bar.
-_LETTER = 0.03
+# Pixels. A cell's width is a whole number of them: such a picture is sharp, and half the size as a file.
+_MAP_WIDTH = 800
+_MARGIN, _TITLE, _BAR, _TEXT_LINE = 12, 36, 14, 18
+# In a map higher than this, steps stand above it too.
+_TALL = 900
+_COLOURS = {"linear": "viridis", "log": "viridis", "diverging": "RdBu_r"}
+# What cannot be taken for a value: neither viridis, dark violet to yellow, nor blue over white to red has these.
+_MISSING, _ZERO, INFINITE = "#b0b0b0", "black", "#ff00d4"
 
 
 def heat_map(
@@ -31,13 +35,14 @@ def heat_map(
     *,
     title: str,
     xlabel: str = "step",
-    log: bool = False,
+    scale: Scale = "linear",
     limits: tuple[float, float] | None = None,
     breaks: Sequence[int] = (),
 ) -> "Figure":
     """Draw values as colours, the first row on top.
 
-    Grey is a missing value (NaN), red an infinite one, and on a logarithmic scale black is 0 or less.
+    Grey is a missing value (NaN), pink an infinite one, and on a logarithmic scale black is 0 or less. What of these
+    occurs is said beside the colour bar.
 
     Args:
         values: Shape (rows, columns); anything NumPy takes.
@@ -45,8 +50,9 @@ def heat_map(
         columns: What to write below the columns, of which a few are chosen.
         title: One line: what the colours mean, with the unit.
         xlabel: What the columns are.
-        log: Whether the colours are logarithmic, over at most 12 decades.
-        limits: The colour scale's ends; by default those of the finite values.
+        scale: ``"linear"``; ``"log"``, over at most 12 decades; or ``"diverging"``, blue below 0 and red above, as
+            far to either side, and logarithmic away from 0 where magnitudes differ much.
+        limits: The ends of a linear or logarithmic scale; by default those of the finite values.
         breaks: Columns with a thin line on their left, where the distance between columns changes.
 
     Raises:
@@ -58,9 +64,10 @@ def heat_map(
         3
     """
     import numpy as np
-    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from bn_lightning.reports.labels import Labels, labels_width
 
     array = np.asarray(values, dtype=np.float64)
     if array.shape != (len(rows), len(columns)) or not array.size:
@@ -68,38 +75,40 @@ def heat_map(
             f"a heat map needs values of shape (rows, columns), at least one of each: got values of shape "
             f"{array.shape} for {len(rows)} rows and {len(columns)} columns."
         )
+    names = [shortened(name) for name in rows]
     row_height, font = _row_height(len(rows))
-    height = len(rows) * row_height + 1.7
-    figure = Figure(figsize=(10, height), dpi=_DPI, layout="constrained")
+    width, height = len(columns) * max(1, round(_MAP_WIDTH / len(columns))), len(rows) * row_height
+    tall = height > _TALL
+    # Margins are computed, not found by matplotlib's layout engine, which draws everything twice.
+    left = labels_width(names, font, _DPI) + 2 * _MARGIN
+    top = _TITLE + 2 * _TEXT_LINE + _BAR + tall * _TEXT_LINE
+    whole = left + width + 3 * _MARGIN, top + height + 2 * _TEXT_LINE + _MARGIN
+    figure = Figure(figsize=(whole[0] / _DPI, whole[1] / _DPI), dpi=_DPI)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    colours = colormaps["viridis"].with_extremes(bad=_MISSING, under=_ZERO, over=_INFINITE)
-    norm = _norm(array, log, limits)
-    # Masked cells take the colour for missing ones; what is beyond the scale must not be masked, as a logarithm would.
-    above, below = 2 * norm.vmax - norm.vmin, norm.vmin / 2
-    shown = np.where(np.isinf(array), above, np.where(log & (array <= 0), below, array))
-    cells = np.ma.masked_invalid(shown)
-    mesh = axes.imshow(cells, cmap=colours, norm=norm, aspect="auto", interpolation="nearest", resample=False)
-    axes.set_yticks(range(len(rows)), [_shortened(name) for name in rows], fontsize=font)
-    axes.tick_params(axis="y", length=0)
+    start = _MARGIN / whole[0], 1 - _MARGIN / whole[1]
+    figure.suptitle(title, x=start[0], y=start[1], ha="left", va="top", fontsize=12, parse_math=False)
+
+    axes = figure.add_axes(_place(whole, left, top, width, height))
+    norm = colour_norm(array, scale, limits)
+    _paint(axes, array, norm, scale)
+    axes.set_yticks([])
+    Labels(axes, names, range(len(names)), size=font)
     ticks = np.unique(np.linspace(0, len(columns) - 1, min(_MOST_TICKS, len(columns))).round().astype(int))
-    axes.set_xticks(ticks, [str(columns[tick]) for tick in ticks], fontsize=9)
+    axes.set_xticks(ticks, [str(columns[tick]) for tick in ticks])
+    axes.tick_params(axis="x", labelsize=9, top=tall, labeltop=tall)
     axes.set_xlabel(xlabel, fontsize=10)
     for column in breaks:
-        axes.axvline(column - 0.5, color=_BREAK, linewidth=1)
+        axes.axvline(column - 0.5, color="black" if scale == "diverging" else "white", linewidth=1)
+
     # Above the map: in a tall picture, what the colours mean has to stand where reading begins.
-    bar = figure.colorbar(mesh, ax=axes, location="top", aspect=45, fraction=0.16 / height, pad=0.1 / height)
-    bar.set_label(_legend(array, log), fontsize=10)
-    ends = float(norm.vmin), float(norm.vmax)
-    bar_ticks = _scale_ticks(ends, _round_numbers(*ends) if log else bar.get_ticks(), norm)
-    bar.set_ticks(list(bar_ticks), labels=list(bar_ticks.values()))
-    bar.minorticks_off()
-    figure.suptitle(title, fontsize=12)
+    bar = figure.add_axes(_place(whole, left, _TITLE + _TEXT_LINE, round(0.62 * width), _BAR))
+    _colour_bar(bar, norm, scale, letter=7 / (0.62 * width))
+    _legend(bar, array, scale)
     return figure
 
 
 def figure_image(figure: "Figure") -> "ndarray[Any, Any]":
-    """Render a figure of `heat_map`.
+    """Render a figure.
 
     Returns:
         Red, green and blue, uint8, shape (height, width, 3).
@@ -112,88 +121,73 @@ def figure_image(figure: "Figure") -> "ndarray[Any, Any]":
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+def figure_png(figure: "Figure") -> bytes:
+    """Render a figure as a PNG of 256 colours, a fifth the size of one of red, green and blue.
+
+    Colours are off by at most a few of 255 steps.
+    """
+    from PIL import Image
+
+    picture = Image.fromarray(figure_image(figure))
+    file = BytesIO()
+    picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, "png")
+    return file.getvalue()
+
+
 def save_png(figure: "Figure", path: str | os.PathLike[str]) -> None:
     """Write a figure as PNG; a reader sees the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not `tempfile`, whose files only their owner may read.
-    temporary = path.parent / f".{path.stem}-{uuid.uuid4().hex}.png"
-    try:
-        with open(temporary, "xb") as file:
-            figure.savefig(file, format="png")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    png = figure_png(figure)
+    with atomic_write(path) as file:
+        file.write(png)
 
 
-def _norm(array: "ndarray[Any, Any]", log: bool, limits: tuple[float, float] | None) -> Any:
+def _place(whole: tuple[int, int], left: int, top: int, width: int, height: int) -> tuple[float, float, float, float]:
+    """Turn pixels from the top left into matplotlib's shares from the bottom left."""
+    return left / whole[0], 1 - (top + height) / whole[1], width / whole[0], height / whole[1]
+
+
+def _paint(axes: "Axes", array: "ndarray[Any, Any]", norm: Any, scale: Scale) -> None:
     import numpy as np
-    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib import colormaps
 
-    shown = array[np.isfinite(array) & ((array > 0) | (not log))]
-    low, high = limits or ((shown.min(), shown.max()) if shown.size else (1.0, 1.0))
-    if log:
-        low = max(low, high * 10.0**-_DECADES)
-        return LogNorm(low, high if high > low else 10 * low)
-    return Normalize(low, high if high > low else low + 1)
-
-
-def _round_numbers(low: float, high: float) -> list[float]:
-    """Choose 1, 2 and 5 of each decade, or whole decades if there are many."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    leading = (1, 2, 5) if high < 1e3 * low else (1,)
-    return [digit * 10.0**decade for decade in decades for digit in leading]
+    colours = colormaps[_COLOURS[scale]].with_extremes(bad=_MISSING, under=_ZERO, over=INFINITE)
+    # Masked cells take the colour for missing ones; what is beyond the scale must not be masked, as a logarithm would.
+    above, below = 2 * norm.vmax - norm.vmin, norm.vmin / 2
+    shown = np.where(np.isinf(array), above, np.where((scale == "log") & (array <= 0), below, array))
+    cells = np.ma.masked_invalid(shown)
+    axes.imshow(cells, cmap=colours, norm=norm, aspect="auto", interpolation="nearest", resample=False)
 
 
-def _scale_ticks(ends: tuple[float, float], round_numbers: Iterable[float], norm: Any) -> dict[float, str]:
-    """Choose both ends of a scale, and those round numbers in between whose labels touch no other.
+def _colour_bar(axes: "Axes", norm: Any, scale: Scale, letter: float) -> None:
+    import numpy as np
 
-    Example:
-        >>> _scale_ticks((0.0, 10.5), (5.0, 10.0), lambda value: value / 10.5)
-        {0.0: '0', 5.0: '5', 10.5: '10.5'}
-    """
-    low, high = ends
-    # Three significant digits, or as many as it takes to tell the ends apart.
-    digits = next((digits for digits in range(3, 17) if f"{low:.{digits}g}" != f"{high:.{digits}g}"), 17)
-
-    def written(value: float) -> str:
-        return f"{value:.{digits}g}"
-
-    def apart(left: float, right: float) -> bool:
-        letters = (len(written(left)) + len(written(right))) / 2
-        return bool(norm(right) - norm(left) > (letters + 1) * _LETTER)
-
-    ticks = [low]
-    for value in map(float, round_numbers):
-        exact = abs(float(written(value)) - value) < 1e-3 * (high - low)
-        if low < value < high and exact and apart(ticks[-1], value) and apart(value, high):
-            ticks.append(value)
-    return {value: written(value) for value in (*ticks, high)}
+    axes.imshow(np.linspace(0, 1, 256)[None], cmap=_COLOURS[scale], aspect="auto", extent=(0, 1, 0, 1))
+    ticks = scale_ticks(norm, gap=letter, letter=letter)
+    axes.set_xticks([float(norm(value)) for value in ticks], list(ticks.values()))
+    axes.tick_params(axis="x", labelsize=9, bottom=False, labelbottom=False, top=True, labeltop=True, pad=1)
+    axes.set_yticks([])
 
 
-def _row_height(rows: int) -> tuple[float, float]:
-    """Choose inches a row and points of its label, so that 300 rows still fit a picture one can scroll."""
-    for most, height, font in ((25, 0.24, 9.0), (60, 0.18, 8.0), (120, 0.14, 7.0)):
-        if rows <= most:
-            return height, font
-    return 0.11, 6.0
-
-
-def _shortened(name: str) -> str:
-    if len(name) <= _LONGEST_LABEL:
-        return name
-    tail = 2 * _LONGEST_LABEL // 3
-    return f"{name[: _LONGEST_LABEL - tail - 1]}…{name[-tail:]}"
-
-
-def _legend(array: "ndarray[Any, Any]", log: bool) -> str:
+def _legend(bar: "Axes", array: "ndarray[Any, Any]", scale: Scale) -> None:
+    """Write right of the colour bar what the colours beside its own mean, as far as they occur."""
     import numpy as np
 
     meanings = (
-        ("grey: no value", np.isnan(array).any()),
-        ("black: 0", log and (np.isfinite(array) & (array <= 0)).any()),
-        ("red: not finite", np.isinf(array).any()),
+        ("no value", _MISSING, np.isnan(array).any()),
+        ("0", _ZERO, scale == "log" and (np.isfinite(array) & (array <= 0)).any()),
+        ("not finite", INFINITE, np.isinf(array).any()),
     )
-    present = ", ".join(meaning for meaning, occurs in meanings if occurs)
-    return f"({present})" if present else ""
+    x = 1.04
+    for meaning, colour, occurs in meanings:
+        if occurs:
+            bar.text(x, 0.5, "■", color=colour, fontsize=12, va="center_baseline", transform=bar.transAxes)
+            bar.text(x + 0.032, 0.5, meaning, fontsize=9, va="center_baseline", transform=bar.transAxes)
+            x += 0.065 + 0.015 * len(meaning)
+
+
+def _row_height(rows: int) -> tuple[int, float]:
+    """Choose pixels a row and points of its label, so that 300 rows still fit a picture one can scroll."""
+    for most, height, font in ((25, 24, 9.0), (60, 18, 8.0), (120, 14, 7.0)):
+        if rows <= most:
+            return height, font
+    return 11, 6.5

@@ -8,9 +8,17 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table as RichTable
 
 __all__ = ["Cell", "Table", "format_cell"]
+
+# Escaped by a backslash or, where not every reader of Markdown knows that one, as an entity.
+_MARKDOWN = {
+    **{ord(sign): f"\\{sign}" for sign in "\\`*_[]|"},
+    **{ord(sign): f"&#{ord(sign)};" for sign in "<>&~#"},
+    ord("\n"): " ",
+}
 
 Cell = str | int | float | None
 
@@ -50,6 +58,44 @@ class Table:
         drawn = [line.rstrip() for line in console.file.getvalue().splitlines()]
         return "\n".join([self.title, *filter(None, drawn), *self.notes])
 
+    def print(self, console: "Console | None" = None) -> None:
+        """Print to the terminal, within its width; as plain text that never wraps where there is no terminal.
+
+        In a narrow terminal names are shortened in the middle and remarks wrapped between words; in a very narrow one
+        each row becomes a paragraph.
+
+        Args:
+            console: Where to; by default standard output.
+        """
+        from bn_lightning.reports.terminal import print_table
+
+        print_table(self, console)
+
+    def to_markdown(self) -> str:
+        r"""Return the table in GitHub's Markdown, which TensorBoard's text tab shows; every name is escaped.
+
+        Example:
+            >>> print(Table("sizes", ("layer", "width"), [("conv_1", 64)], ["in channels"]).to_markdown())
+            **sizes**
+            <BLANKLINE>
+            | layer | width |
+            | --- | ---: |
+            | conv\_1 | 64 |
+            <BLANKLINE>
+            in channels
+        """
+        lines = [
+            [_markdown(column) for column in self.columns],
+            ["---:" if self.is_numeric(index) else "---" for index in range(len(self.columns))],
+            *([_markdown(format_cell(cell)) for cell in row] for row in self.rows),
+        ]
+        rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join([f"**{_markdown(self.title)}**", rows, *map(_markdown, self.notes)])
+
+    def is_numeric(self, column: int) -> bool:
+        """Tell whether a column holds a number."""
+        return any(isinstance(row[column], int | float) for row in self.rows)
+
     def _repr_html_(self) -> str:
         """Draw the table for a notebook; every name is escaped."""
         head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
@@ -70,8 +116,7 @@ class Table:
 
         table = RichTable(box=box.SIMPLE_HEAD)
         for index, column in enumerate(self.columns):
-            numeric = any(isinstance(row[index], int | float) for row in self.rows)
-            table.add_column(escape(column), justify="right" if numeric else "left", no_wrap=True)
+            table.add_column(escape(column), justify="right" if self.is_numeric(index) else "left", no_wrap=True)
         for row in self.rows:
             table.add_row(*(escape(format_cell(cell)) for cell in row))
         return table
@@ -89,3 +134,7 @@ def format_cell(value: Cell) -> str:
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:.3g}"
     return str(value)
+
+
+def _markdown(text: str) -> str:
+    return text.translate(_MARKDOWN)
