@@ -18,7 +18,7 @@ _FIRST = 1 << 17
 # Float32 adds ones exactly up to here.
 _EXACT = 1 << 24
 # Reductions along a last axis shorter than this are up to five times slower than along the first one.
-_SHORT = 64
+SHORT = 64
 
 
 class Row(IntEnum):
@@ -219,4 +219,4 @@ def _reduced(reduction: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
         return reduction(x[..., 0], 0)
     if outer == 1:
         return reduction(x[0], 1)
-    return reduction(reduction(x, 0), 1) if inner < _SHORT else reduction(reduction(x, 2), 0)
+    return reduction(reduction(x, 0), 1) if inner < SHORT else reduction(reduction(x, 2), 0)
