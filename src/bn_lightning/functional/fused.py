@@ -36,7 +36,8 @@ class FusedStatistics:
     """`activation_statistics` by ``torch.compile``: a pass costs about as much as reading the data.
 
     The first call with another dtype or layout compiles for seconds; sizes may change freely. Integers, small tensors,
-    tensor subclasses and long rows of a prime length take the eager way. So does everything once the compiler has failed: nothing is raised.
+    tensor subclasses and long rows of a prime length take the eager way. So does everything once the compiler has
+    failed: nothing is raised.
 
     Attributes:
         reason: Why the eager way is taken from now on; empty while the compiled pass is in use.
@@ -93,10 +94,7 @@ def _compiled(kernel: types.FunctionType, *specialized: object) -> _Kernel:
     """Compile a kernel for one dtype and layout, once in a process."""
     # The compiler counts recompilations by code object: with its own, a kernel stays clear of the user's limit.
     own = types.FunctionType(kernel.__code__.replace(), kernel.__globals__, kernel.__name__)
-    compiled = torch.compile(own, dynamic=True, fullgraph=True)
-    if compiled is own:
-        raise RuntimeError("torch.compile is switched off")
-    return compiled
+    return torch.compile(own, dynamic=True, fullgraph=True)
 
 
 @functools.cache
