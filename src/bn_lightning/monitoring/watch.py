@@ -1,6 +1,6 @@
 """Read every layer's output while a network runs, without a host sync."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ class ActivationWatch:
     A tap returns at once unless ``sampling`` is on. All calls of a layer since the last `flush` are one sample:
     micro-batches, shared modules and repeated calls merge exactly. Statistics stay on the device until they are read.
 
+    Args:
+        statistics: What measures a tensor: `activation_statistics`, or a `FusedStatistics`.
+
     Attributes:
         sampling: Whether the taps measure.
 
@@ -43,8 +46,9 @@ class ActivationWatch:
         12
     """
 
-    def __init__(self) -> None:
+    def __init__(self, statistics: Callable[..., Tensor] = activation_statistics) -> None:
         self.sampling = False
+        self._measured = statistics
         self._buffer = StatisticsBuffer()
         self._processes = ProcessMerge()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -120,7 +124,7 @@ class ActivationWatch:
 
     def _statistics(self, name: str, layer: nn.Module, args: object, tensor: Tensor) -> Tensor:
         if tensor.dim() < 2:
-            return activation_statistics(tensor)
+            return self._measured(tensor)
         axis = self._axes.of(layer, args, tensor)
         if axis is None:
             self._reasons[name] = _UNKNOWN_AXIS
@@ -128,11 +132,7 @@ class ActivationWatch:
             known = sum(layer_name == name for layer_name, _ in self._buffer.slots)
             if known >= _MOST_CHANNEL_COUNTS:
                 axis, self._reasons[name] = None, _EVER_NEW_COUNTS
-        return (
-            activation_statistics(tensor.reshape(-1))
-            if axis is None
-            else activation_statistics(tensor, channel_dim=axis)
-        )
+        return self._measured(tensor.reshape(-1)) if axis is None else self._measured(tensor, channel_dim=axis)
 
     def _snapshot(self, values: Tensor, layout: Layout) -> ActivationSnapshot:
         blocks: dict[str, list[Tensor]] = {}
