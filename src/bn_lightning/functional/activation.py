@@ -12,9 +12,13 @@ from bn_lightning.functional.moments import accumulation_dtype
 __all__ = ["Row", "activation_statistics", "empty_statistics", "pool_statistics"]
 
 # A chunk and its scratch stay in the processor's cache; larger ones cost a factor of three on a CPU.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 19
+# Values of all channels together that a shift is taken from.
+_FIRST = 1 << 17
 # Float32 adds ones exactly up to here.
 _EXACT = 1 << 24
+# Reductions along a last axis shorter than this are up to five times slower than along the first one.
+SHORT = 64
 
 
 class Row(IntEnum):
@@ -74,31 +78,49 @@ def activation_statistics(x: Tensor, *, channel_dim: int = 1) -> Tensor:
     wide = accumulation_dtype(x.device)
     if x.numel() == 0:
         return empty_statistics(x.shape[channel_dim] if x.dim() > 1 else 1, device=x.device, dtype=wide)
-    values = _outer_channel_inner(x.detach(), channel_dim)
+    values = outer_channel_inner(x.detach(), channel_dim)
     outer, channels, inner = values.shape
     if not x.is_floating_point():
         values = values.to(wide)
     elif x.element_size() < 4:
         values = values.float()
-    count = outer * inner
-    shift = _rough_mean(values)
+    shift = rough_mean(values)
     # Where all of a chunk is counted in float32, it has to stop short of 2²⁴; a GPU has no cache to stay in.
     rows = max(1, (_CHUNK if x.device.type == "cpu" else _EXACT) // (channels * inner))
     scratch = values.new_empty(min(rows, outer), channels, inner)
-    sums = [_centred_sums(chunk, shift, scratch[: len(chunk)]) for chunk in values.split(rows)]
-    deviations, squares, finite, zeros = torch.stack(sums).sum(0, dtype=wide)
-    rest = deviations / count  # what is left of the mean after rounding the shift: at 1e4 float32 rounds by 5e-4
-    return torch.stack(
-        [
-            torch.full_like(rest, count),
-            shift.to(wide) + rest,
-            (squares - rest.square() * count).clamp(min=0),
-            _reduced(torch.amin, values).to(wide),
-            _reduced(torch.amax, values).to(wide),
-            zeros,
-            count - finite,
-        ]
+    sums = [part for chunk in values.split(rows) for part in _centred_sums(chunk, shift, scratch[: len(chunk)])]
+    parts = torch.stack(sums).view(-1, 5, channels).to(wide)
+    deviations, squares, zeros = parts[:, :3].sum(0)
+    return statistics_block(
+        outer * inner,
+        shift,
+        deviations,
+        squares,
+        parts[:, 3].amin(0),
+        parts[:, 4].amax(0),
+        zeros,
+        _nonfinite(values, rows, squares),
     )
+
+
+def statistics_block(
+    count: int,
+    shift: Tensor,
+    deviations: Tensor,
+    squares: Tensor,
+    smallest: Tensor,
+    largest: Tensor,
+    zeros: Tensor,
+    nonfinite: Tensor,
+) -> Tensor:
+    """Arrange what was added up about a shift in the rows of `Row`.
+
+    Shape:
+        All tensors: (C,), in the dtype of ``deviations`` save for ``shift``. Result: (7, C).
+    """
+    rest = deviations / count  # what is left of the mean after rounding the shift: at 1e4 float32 rounds by 5e-4
+    mean, m2 = shift + rest, (squares - rest * deviations).clamp_(min=0)
+    return torch.stack([torch.full_like(rest, count), mean, m2, smallest, largest, zeros, nonfinite])
 
 
 def pool_statistics(parts: Tensor) -> Tensor:
@@ -138,41 +160,63 @@ def pool_statistics(parts: Tensor) -> Tensor:
     )
 
 
-def _rough_mean(x: Tensor) -> Tensor:
-    """Average some 256 values of each channel of (N, C, I), spread evenly: near enough for squares not to cancel."""
-    outer, _, inner = x.shape
-    some = x[:: max(1, outer // max(16, 256 // inner)), :, :: max(1, inner // 16)]
+def rough_mean(x: Tensor) -> Tensor:
+    """Average the first values of each channel of (N, C, I): near enough for squares not to cancel.
+
+    Whatever sets these apart from the others also adds to the variance, in proportion to their number.
+    """
+    outer, channels, inner = x.shape
+    first = x[: max(1, min(outer, _FIRST // (channels * inner)))]
     # Divided before they are added, which large values would otherwise not survive. About an infinite mean every value
     # would be NaN.
-    return _reduced(torch.sum, some / (some.shape[0] * some.shape[2])).nan_to_num(0.0, 0.0, 0.0)
+    return _reduced(torch.sum, first / (len(first) * inner)).nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _centred_sums(x: Tensor, shift: Tensor, scratch: Tensor) -> Tensor:
-    """Sum, for each channel of (N, C, I), deviations and their squares, and count finite values and zeros: (4, C).
-
-    One scratch tensor, as large as the chunk, serves all four and stays in the processor's cache. The operations were
-    chosen by measurement (tests/benchmarks/watching.py): comparisons that write floats vectorize, while
-    ``count_nonzero``, ``isfinite`` and sums of booleans are ten to a hundred times slower on a CPU.
-    """
-    deviations = _reduced(torch.sum, torch.sub(x, shift[:, None], out=scratch))
-    squares = _reduced(torch.sum, scratch.mul_(scratch))
-    finite = _reduced(torch.sum, torch.sub(x, x, out=scratch).eq_(0))
-    zeros = _reduced(torch.sum, torch.eq(x, 0, out=scratch))
-    return torch.stack([deviations, squares, finite, zeros])
-
-
-def _reduced(reduction: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
-    """Reduce (N, C, I) to (C,): faster one axis after the other, and much slower over a last axis of one value."""
-    return reduction(x[..., 0], 0) if x.shape[2] == 1 else reduction(reduction(x, 2), 0)
-
-
-def _outer_channel_inner(x: Tensor, channel_dim: int) -> Tensor:
+def outer_channel_inner(x: Tensor, channel_dim: int) -> Tensor:
     """View ``x`` as (outer, C, inner) in memory order where strides allow, else copy."""
     if x.dim() < 2:
         return x.reshape(-1, 1, 1)
-    x = x.movedim(channel_dim, 1)
-    # channels_last, and linear outputs: the channels lie innermost.
-    last = x.movedim(1, -1)
-    if last.is_contiguous():
-        return last.reshape(-1, x.shape[1], 1)
+    if channel_dim != 1 or not x.is_contiguous():
+        x = x.movedim(channel_dim, 1)
+        # channels_last, and linear outputs: the channels lie innermost.
+        last = x.movedim(1, -1)
+        if last.is_contiguous():
+            return last.reshape(-1, x.shape[1], 1)
     return x.reshape(x.shape[0], x.shape[1], -1)
+
+
+def _centred_sums(x: Tensor, shift: Tensor, scratch: Tensor) -> list[Tensor]:
+    """Sum, for each channel of (N, C, I), deviations and their squares, count zeros, find min and max: five (C,).
+
+    One scratch tensor, as large as the chunk, serves them all and stays in the processor's cache. The operations were
+    chosen by measurement (tests/benchmarks/watching.py): comparisons that write floats vectorize, while
+    ``count_nonzero``, ``isfinite`` and sums of booleans are ten to a hundred times slower on a CPU.
+    """
+    return [
+        _reduced(torch.sum, torch.sub(x, shift[:, None], out=scratch)),
+        _reduced(torch.sum, scratch.mul_(scratch)),
+        _reduced(torch.sum, torch.eq(x, 0, out=scratch)),
+        _reduced(torch.amin, x),
+        _reduced(torch.amax, x),
+    ]
+
+
+def _nonfinite(x: Tensor, rows: int, squares: Tensor) -> Tensor:
+    """Count NaN and infinite values for each channel of (N, C, I), ``rows`` at a time.
+
+    On a CPU, where a look at a value waits for nothing, that takes a pass only if the squares did not stay finite.
+    """
+    if x.device.type == "cpu" and math.isfinite(squares.sum()):
+        return torch.zeros_like(squares)
+    counts = [_reduced(torch.sum, (chunk - chunk).ne_(0)) for chunk in x.split(rows)]
+    return torch.stack(counts).sum(0, dtype=squares.dtype)
+
+
+def _reduced(reduction: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
+    """Reduce (N, C, I) to (C,), one axis after the other: first the one along which the reduction vectorizes."""
+    outer, _, inner = x.shape
+    if inner == 1:
+        return reduction(x[..., 0], 0)
+    if outer == 1:
+        return reduction(x[0], 1)
+    return reduction(reduction(x, 0), 1) if inner < SHORT else reduction(reduction(x, 2), 0)

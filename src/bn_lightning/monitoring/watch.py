@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bn_lightning.functional.activation import activation_statistics
+from bn_lightning.functional.log_histogram import BINS, log2_histogram
 from bn_lightning.internals import in_backward, is_compiled, never_compiled
 from bn_lightning.monitoring.buffer import StatisticsBuffer
 from bn_lightning.monitoring.channels import ChannelAxes, find_tensor
@@ -70,6 +71,7 @@ class ActivationWatch:
         self.statistics = statistics
         self.number = register_watch(self)
         self._buffer = StatisticsBuffer()
+        self._counts: Tensor | None = None
         self._processes = ProcessMerge()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._layers: dict[str, nn.Module] = {}
@@ -90,6 +92,7 @@ class ActivationWatch:
         layers = watchable_layers(model, include, exclude)
         self.remove()
         self._layers, self._order, self._notes = layers, {}, SampleNotes()
+        self._counts = None
         self._buffer = StatisticsBuffer(device=next((tensor.device for tensor in model.parameters()), None))
         compiled = is_compiled(model) or any(map(is_compiled, model.modules()))
         self._absence = _COMPILED if compiled else NOT_CALLED
@@ -120,6 +123,7 @@ class ActivationWatch:
         axis = self._axis(name, layer, args, tensor)
         if not in_backward():  # where checkpointing computes again what was counted already
             self._add(name, tensor, axis)
+            self._count(name, tensor)
         if self.gradients and tensor.requires_grad:
             tensor.register_hook(partial(self._measure_gradient, of_gradient(name), axis))
 
@@ -133,6 +137,7 @@ class ActivationWatch:
             self._notes.add(layer, reason=reason)
         elif not in_backward():
             self._add(layer, output, self._axis(layer, self._layers[layer], (), output))
+            self._count(layer, output)
 
     def read(self) -> ActivationSnapshot:
         """Copy the sample so far to the host, in one transfer."""
@@ -163,6 +168,8 @@ class ActivationWatch:
         finish = self._start(step=step, across_processes=across_processes, gradient_scale=gradient_scale)
         with torch.inference_mode(False), torch.no_grad():
             self._buffer.clear()
+            if self._counts is not None:
+                self._counts.zero_()
         self._notes = SampleNotes()
         self._axes.clear()
         return finish
@@ -170,16 +177,17 @@ class ActivationWatch:
     def _start(
         self, *, across_processes: bool, step: int | None = None, gradient_scale: Tensor | None = None
     ) -> Callable[[], ActivationSnapshot]:
-        notes, order = self._notes, [*self._order, *self._layers]
+        notes, order, layers = self._notes, [*self._order, *self._layers], list(self._layers)
         with torch.inference_mode(False), torch.no_grad():
             values, layout = self._buffer.used, self._buffer.layout
             if gradient_scale is not None and layout:
                 values = rescaled_gradients(values, layout, gradient_scale)
-            nothing = values.new_empty(0)
-            finish = self._processes.start(values, layout, nothing, across_processes=across_processes)
+            counts = values.new_zeros(len(layers) if self.histograms else 0, BINS, dtype=torch.int64)
+            counts = counts if self._counts is None else self._counts
+            finish = self._processes.start(values, layout, counts, across_processes=across_processes)
 
         def snapshot() -> ActivationSnapshot:
-            values, layout, _ = finish()
+            values, layout, counts = finish()
             return describe_sample(
                 values,
                 layout,
@@ -188,7 +196,7 @@ class ActivationWatch:
                 untapped=self._untapped,
                 absence=self._absence,
                 gradients=self.gradients,
-                histograms={},
+                histograms=dict(zip(layers, counts.long(), strict=True)) if self.histograms else {},
                 step=step,
             )
 
@@ -206,6 +214,15 @@ class ActivationWatch:
             if tensor.dim() >= 2 and axis is None:
                 tensor = tensor.reshape(-1)
             self._buffer.add(name, self.statistics(tensor, **({} if axis is None else {"channel_dim": axis})))
+
+    def _count(self, name: str, tensor: Tensor) -> None:
+        if not self.histograms:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            if self._counts is None:
+                self._counts = torch.zeros(len(self._layers), BINS, dtype=torch.int64, device=tensor.device)
+            counts = self._counts[list(self._layers).index(name)]
+            counts += log2_histogram(tensor).to(counts.device, non_blocking=True)
 
     def _axis(self, name: str, layer: nn.Module, args: object, tensor: Tensor) -> int | None:
         """Tell where the channels are; ``None`` if all of it is one channel."""
