@@ -1,5 +1,7 @@
 """The private names this library stands on, one test each: a new torch or Lightning that drops one is named here."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -9,9 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bn_lightning.internals import (
     DropoutBase,
     LossBase,
+    add_png,
     assert_async,
     compiled_original,
+    gradient_scale,
     hooks_on,
+    in_backward,
     is_compiled,
     logging_step,
     never_compiled,
@@ -76,3 +81,34 @@ def test_how_a_compiled_module_is_known():
     assert is_compiled(compiled)
     assert is_compiled(torch.compile(plain, backend="eager"))
     assert not is_compiled(plain)
+
+
+def test_file_writer_of_a_summary_writer(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        assert add_png(writer, "picture", b"png", (2, 3), 7)
+    log = EventAccumulator(str(tmp_path))
+    log.Reload()
+    (image,) = log.Images("picture")
+    assert (image.step, image.height, image.width, image.encoded_image_string) == (7, 2, 3, b"png")
+    assert not add_png(object(), "picture", b"png", (2, 3), 7)
+
+
+def test_scale_of_a_gradient_scaler():
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
+    assert gradient_scale(trainer) is None, "it has none before the first loss"
+    scaler.scale(torch.ones(()))
+    assert gradient_scale(trainer) == 8.0
+    assert gradient_scale(SimpleNamespace(precision_plugin=SimpleNamespace(scaler=None))) is None
+
+
+def test_graph_task_of_a_backward_pass():
+    assert hasattr(torch._C, "_current_graph_task_id")
+    seen, x = [], torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: seen.append(in_backward()))
+    y.backward()
+    assert (seen, in_backward()) == ([True], False)

@@ -21,6 +21,7 @@ __all__ = [
     "LossBase",
     "TorchDispatchMode",
     "WeakTensorDictionary",
+    "add_png",
     "assert_async",
     "compiled_original",
     "gradient_scale",
@@ -32,6 +33,24 @@ __all__ = [
 ]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def add_png(experiment: Any, tag: str, png: bytes, size: tuple[int, int], step: int) -> bool:
+    """Write a picture that is a PNG already to a TensorBoard log (``_get_file_writer``), and tell whether that worked.
+
+    ``add_image``, the way without private names, writes five times as much: its PNG has no palette.
+    """
+    file_writer: Any = getattr(experiment, "_get_file_writer", lambda: None)()
+    if not hasattr(file_writer, "add_summary"):
+        return False
+    try:
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+    except ImportError:
+        return False
+    height, width = size
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+    file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    return True
 
 
 def assert_async(condition: Tensor, message: str) -> None:

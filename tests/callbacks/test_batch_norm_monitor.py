@@ -166,19 +166,20 @@ def test_short_runs(tmp_path, when):
 
 def test_a_nonfinite_statistic_is_told_once(tmp_path):
     monitor = BatchNormMonitor(every_n_steps=1)
-    with pytest.warns(UserWarning, match=r"'network\.1' were NaN or infinite after optimizer step 3, as are") as caught:
+    with pytest.warns(UserWarning, match=r"in 'network\.1' and 1 other layer .* after optimizer step 3\.") as caught:
         _, module = fit(tmp_path, monitor, module=Module(spoil_at=3))
-    assert len([each for each in caught if "NaN or infinite after" in str(each.message)]) == 1
+    assert len([each for each in caught if "NaN or infinite" in str(each.message)]) == 1
+    assert [(alert.rule, alert.step) for alert in monitor.alert_log] == [("nonfinite-statistics", 3)]
     assert not module.validation[-1].isfinite().all()
     assert monitor.snapshot.rows[0].nonfinite
 
 
 def test_raise_stops_the_fit_and_names_the_layer(tmp_path):
-    with pytest.raises(BatchNormError, match=r"'network\.1' were NaN or infinite after optimizer step 3"):
+    with pytest.raises(BatchNormError, match=r"in 'network\.1' .* were NaN or infinite"):
         fit(tmp_path, BatchNormMonitor(every_n_steps=1, on_nonfinite="raise"), module=Module(spoil_at=3))
 
 
-@pytest.mark.filterwarnings("ignore:the running statistics of")
+@pytest.mark.filterwarnings("ignore:nonfinite-statistics")
 def test_restore_makes_the_next_validation_finite(tmp_path):
     monitor = BatchNormMonitor(on_nonfinite="restore")
     _, module = fit(tmp_path, monitor, module=Module(spoil_at=3))
@@ -188,7 +189,7 @@ def test_restore_makes_the_next_validation_finite(tmp_path):
     assert monitor.snapshot.totals()["restored"] == 2
 
 
-@pytest.mark.filterwarnings("ignore:the running statistics of")
+@pytest.mark.filterwarnings("ignore:nonfinite-statistics")
 def test_restore_comes_before_the_validation_of_an_epoch_that_ends_in_a_partial_step(tmp_path):
     _, module = fit(
         tmp_path,

@@ -213,10 +213,10 @@ def test_what_can_be_refused_at_once_is():
         ConvertBatchNorm("ghost", options={"virtual_batch_size": 0})
 
 
-def test_conversions_one_after_the_other_are_no_replacement():
+def test_conversions_one_after_the_other_are_no_replacement(tmp_path):
     module = Module()
     bnl.convert_batch_norm(module, "ghost")
-    trainer(ActivationMonitor(), ConvertBatchNorm("renorm")).fit(module, loader())
+    trainer(ActivationMonitor(), ConvertBatchNorm("renorm"), default_root_dir=tmp_path).fit(module, loader())
     assert isinstance(module.network[1], BatchRenorm)
 
 

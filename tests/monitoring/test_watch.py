@@ -109,10 +109,10 @@ def test_a_flush_is_one_copy_that_nothing_waits_for(monkeypatch):
     watch, copies = ActivationWatch(gradients=True), []
     watch.install(net)
     watch.sampling = True
-    for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
-        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} in a hook"))
-    monkeypatch.setattr(processes, "copy_to_host", lambda tensor: copies.append(tensor.clone()) or copies.pop)
     net(draw(2, 3)).sum().backward()
+    for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} in a flush"))
+    monkeypatch.setattr(processes, "copy_to_host", lambda tensor: copies.append(tensor.clone()) or copies.pop)
     finish = watch.start_flush(gradient_scale=torch.tensor(2.0))
     assert [tensor.shape for tensor in copies] == [(7 * (90 + 90),)]
     monkeypatch.undo()

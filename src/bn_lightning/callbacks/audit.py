@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from bn_lightning.auditing import SEVERITIES, AuditReport, audit_batch_norm
-from bn_lightning.callbacks.base import BatchNormCallback, log_scalars
+from bn_lightning.callbacks.base import BatchNormCallback
 from bn_lightning.callbacks.batches import input_of
 from bn_lightning.callbacks.dataloaders import rebuilt_train_loader
+from bn_lightning.callbacks.publishing import log_scalars
 from bn_lightning.errors import AuditError, BatchNormError
 from bn_lightning.internals import logging_step
 from bn_lightning.preservation import on_device

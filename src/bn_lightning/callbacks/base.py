@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from bn_lightning.callbacks.replaced import require_same_classes, variant_classes
 
-__all__ = ["BatchNormCallback", "ends_optimizer_step", "log_figure", "log_scalars"]
+__all__ = ["BatchNormCallback", "ends_optimizer_step"]
 
 if TYPE_CHECKING:
     _Callback = pl.Callback
@@ -41,17 +41,3 @@ class BatchNormCallback(_Callback):
 def ends_optimizer_step(trainer: Any, batch_idx: int) -> bool:
     """Tell, after a training batch, whether the optimizer steps now: with its last micro-batch, or the epoch's."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or bool(trainer.is_last_batch)
-
-
-def log_scalars(trainer: Any, scalars: dict[str, float], step: int) -> None:
-    """Write scalars to every logger of the trainer; without one this does nothing."""
-    for logger in trainer.loggers:
-        logger.log_metrics(scalars, step=step)
-
-
-def log_figure(trainer: Any, tag: str, image: Any, step: int) -> None:
-    """Write an (H, W, 3) uint8 picture to every TensorBoard-like logger (one whose experiment has ``add_image``)."""
-    for logger in trainer.loggers:
-        add_image = getattr(logger.experiment, "add_image", None)
-        if callable(add_image):
-            add_image(tag, image, step, dataformats="HWC")

@@ -1,25 +1,32 @@
 """Watch every BatchNorm layer's running statistics while Lightning trains."""
 
-import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from bn_lightning.callbacks.base import BatchNormCallback, ends_optimizer_step, log_scalars
+from bn_lightning.callbacks.base import ends_optimizer_step
+from bn_lightning.callbacks.monitor import MOST_LAYERS_AS_SCALARS, Monitor
 from bn_lightning.errors import BatchNormError
 from bn_lightning.internals import logging_step
-from bn_lightning.monitoring import Cadence, RunningSnapshot, RunningStatisticsWatch
+from bn_lightning.monitoring import AlertRules, RunningHistory, RunningSnapshot, RunningStatisticsWatch
+from bn_lightning.monitoring.worst import worst_batch_norms
 from bn_lightning.reports.table import Table
-from bn_lightning.selection import as_patterns, require_batch_norms
+from bn_lightning.selection import require_batch_norms
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["BatchNormMonitor"]
 
 _ON_NONFINITE = ("warn", "restore", "raise")
-_MOST_LAYERS_AS_SCALARS = 100
+# Told in any case, unlike the other alerts.
+_NONFINITE = "nonfinite-statistics"
+_HEAT_MAPS = ("drift", "noise", "dead")
 
 
-class BatchNormMonitor(BatchNormCallback):
+class BatchNormMonitor(Monitor):
     """Log what BatchNorm layers compute anyway: no hook, no pass over data, nothing that waits for the device.
 
     The mean and variance of each step's batch are recovered from the change of the running statistics. What is logged
@@ -29,14 +36,20 @@ class BatchNormMonitor(BatchNormCallback):
     =====================  =====================================================================================
     key                    meaning and unit
     =====================  =====================================================================================
-    ``bn/<layer>/drift``   how far the running mean is behind the batches' mean, σ (up to 100 layers)
+    ``bn/<layer>/drift``   how far the running mean is behind the batches' mean, σ (up to 50 layers)
     ``bn/<layer>/noise``   standard deviation of the batch mean from step to step, σ (same)
     ``bn/<layer>/dead``    share of channels that a ReLU behind the layer would leave at zero, predicted (same)
     ``bn/worst_drift``     the largest of any layer, σ
     ``bn/worst_noise``     the largest of any layer, σ
     ``bn/nonfinite``       running statistics that are NaN or infinite, a count over all layers
     ``bn/restored``        how often a layer's running statistics were put back in this fit (``"restore"`` only)
+    ``bn/heatmap/…``       pictures, layer × step: drift, noise, dead
+    ``bn/worst``           text: the layers that are worth a look first
+    ``bn/alerts``          text: every alert of the fit
     =====================  =====================================================================================
+
+    Where pictures and texts go, and when, is as in `ActivationMonitor`; without a logger there is ``bn.jsonl``.
+    The alert is ``drift``: a running mean stays far behind its batches' mean; see `AlertRules`.
 
     Args:
         include: Name patterns (``fnmatch``) of the BN layers to watch; ``None`` means all.
@@ -46,15 +59,21 @@ class BatchNormMonitor(BatchNormCallback):
         on_nonfinite: What to do about a NaN or an infinity in running statistics, which they never lose again:
             ``"warn"``; ``"raise"``, at the next time of logging; or ``"restore"`` the layer's last finite ones after
             the very step, which changes training.
+        alerts: Whether to tell what looks wrong, or the names of the alerts to tell.
+        on_alert: ``"warn"``; ``"log"`` them only; or ``"stop"`` the training, too.
 
     Raises:
-        BatchNormError: If ``on_nonfinite`` or a cadence is out of range, or a pattern is a bare string; at the start
-            of the fit, if the module has no BN layer or a pattern matches none.
+        BatchNormError: If ``on_nonfinite``, ``on_alert`` or a cadence is out of range, there is no such alert, or a
+            pattern is a bare string; at the start of the fit, if the module has no BN layer or a pattern matches none.
 
     Example:
         >>> BatchNormMonitor(on_nonfinite="restore").on_nonfinite
         'restore'
     """
+
+    _kind = "bn"
+    _alerts = ("drift",)
+    history: RunningHistory
 
     def __init__(
         self,
@@ -63,25 +82,21 @@ class BatchNormMonitor(BatchNormCallback):
         every_n_steps: int = 50,
         first_steps: int = 20,
         on_nonfinite: str = "warn",
+        alerts: bool | list[str] = True,
+        on_alert: str = "warn",
     ) -> None:
+        super().__init__(include, exclude, every_n_steps, first_steps, alerts, on_alert)
         if on_nonfinite not in _ON_NONFINITE:
             raise BatchNormError(
                 f"on_nonfinite must be one of {', '.join(map(repr, _ON_NONFINITE))}, got {on_nonfinite!r}."
             )
-        self.include = as_patterns(include, "include")
-        self.exclude = as_patterns(exclude, "exclude")
-        self.cadence = Cadence(every_n_steps, first_steps)
         self.on_nonfinite = on_nonfinite
+        self.history = RunningHistory()
         self.snapshot: RunningSnapshot | None = None
         self._watch: RunningStatisticsWatch | None = None
         self._open_step: int | None = None
         self._reading: Callable[[], RunningSnapshot] | None = None
-        self._told: set[str] = set()
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(include=self.include, exclude=self.exclude)
+        self._nonfinite = AlertRules([_NONFINITE])
 
     def table(self) -> Table:
         """Return the newest reading, one row a layer.
@@ -93,12 +108,26 @@ class BatchNormMonitor(BatchNormCallback):
             raise BatchNormError("nothing was read yet: fit for at least two logged optimizer steps, or to the end.")
         return self.snapshot.table()
 
+    def figure(self, stat: str = "drift") -> "Figure":
+        """Draw the heat map of a statistic: drift, noise or dead.
+
+        Raises:
+            BatchNormError: If there is no such statistic, or nothing was read yet.
+        """
+        return self.history.figure(stat)
+
     @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_fit_start(trainer, pl_module)
         layers = require_batch_norms(pl_module, self.include, self.exclude)
         self._watch = RunningStatisticsWatch(layers, restore=self.on_nonfinite == "restore")
-        self._open_step, self._reading, self._told = None, None, set()
+        self._open_step, self._reading = None, None
+        self._nonfinite = AlertRules([_NONFINITE])
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if logging_step(trainer) == 0:  # another run, not one resumed
+            self.history = RunningHistory()
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -129,6 +158,14 @@ class BatchNormMonitor(BatchNormCallback):
             self._reading = self._watch.start_reading()
             self._log(trainer)
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history.load_state_dict(state_dict["history"])
+
     def _close_step(self) -> None:
         if self._open_step is not None:
             assert self._watch is not None
@@ -140,23 +177,28 @@ class BatchNormMonitor(BatchNormCallback):
         if self._reading is None:
             return
         self.snapshot, self._reading = self._reading(), None
-        assert self.snapshot.step is not None
-        log_scalars(trainer, _scalars(self.snapshot), self.snapshot.step)
-        self._tell_nonfinite(self.snapshot)
+        snapshot = self.snapshot
+        assert snapshot.step is not None
+        self.history.append(snapshot.step, snapshot)
+        spoiled, alerts = self._nonfinite.of_running(snapshot), self._rules.of_running(snapshot)
+        if spoiled and self.on_nonfinite == "raise":
+            self.alert_log += spoiled
+            raise BatchNormError(spoiled[0].message)
+        self._publish(trainer, snapshot.step, _scalars(snapshot), [*spoiled, *alerts])
 
-    def _tell_nonfinite(self, snapshot: RunningSnapshot) -> None:
-        message = snapshot.nonfinite_message(besides=self._told)
-        if not message:
-            return
-        self._told.update(row.layer for row in snapshot.rows if row.first_spoiled is not None)
-        if self.on_nonfinite == "raise":
-            raise BatchNormError(message)
-        warnings.warn(message, stacklevel=2)
+    @override
+    def _figures(self) -> Mapping[str, Callable[[], "Figure"]]:
+        return {f"bn/heatmap/{stat}": partial(self.history.figure, stat) for stat in _HEAT_MAPS}
+
+    @override
+    def _worst(self) -> Table:
+        assert self.snapshot is not None
+        return worst_batch_norms(self.snapshot)
 
 
 def _scalars(snapshot: RunningSnapshot) -> dict[str, float]:
     scalars = {f"bn/{name}": value for name, value in snapshot.totals().items()}
-    if len(snapshot.rows) <= _MOST_LAYERS_AS_SCALARS:
+    if len(snapshot.rows) <= MOST_LAYERS_AS_SCALARS:
         for row in snapshot.rows:
             found = {"drift": row.drift, "noise": row.noise, "dead": row.dead_share}
             scalars.update({f"bn/{row.layer}/{stat}": value for stat, value in found.items() if value is not None})

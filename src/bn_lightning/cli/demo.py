@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from bn_lightning.auditing import audit_batch_norm
-from bn_lightning.callbacks import ActivationMonitor, BatchNormAudit, FoldBatchNorm
+from bn_lightning.callbacks import ActivationMonitor, BatchNormAudit, BatchNormMonitor, FoldBatchNorm
 from bn_lightning.callbacks.dataloaders import rebuilt_train_loader
 from bn_lightning.errors import BatchNormError
 from bn_lightning.folding import fold_batch_norm
@@ -38,18 +38,28 @@ def demo(output: str = "runs/demo", epochs: int = 15, seed: int = 0) -> None:
     """
     if epochs < 1:
         raise BatchNormError(f"epochs must be at least 1 to have something to show, got {epochs}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for images of 8 × 8 more bring nothing, and on a busy machine they wait for each other
+    try:
+        _demo(output, epochs, seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _demo(output: str, epochs: int, seed: int) -> None:
     # Two cores and 8 × 8 images: dataloader workers would cost more than they bring.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     pl.seed_everything(seed, verbose=False)
     data, module = DigitsDataModule(), ImageClassifier("residual")
-    monitor, midway = ActivationMonitor(every_n_steps=10), _Midway(epoch=min(4, epochs))
+    monitor = ActivationMonitor(every_n_steps=10, gradients=True, histograms=True)
+    running, midway = BatchNormMonitor(every_n_steps=10), _Midway(epoch=min(4, epochs))
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         logger=TensorBoardLogger(output, name="", default_hp_metric=False),
-        callbacks=[monitor, midway, BatchNormAudit(), FoldBatchNorm(stages=["test"]), TQDMProgressBar(20)],
+        callbacks=[monitor, running, midway, BatchNormAudit(), FoldBatchNorm(stages=["test"]), TQDMProgressBar(20)],
         enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=10,

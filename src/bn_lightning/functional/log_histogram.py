@@ -8,9 +8,9 @@ from torch import Tensor
 
 from bn_lightning.functional.activation import outer_channel_inner
 
-__all__ = ["RawHistogram", "log2_histogram", "raw_histogram"]
+__all__ = ["BINS", "RawHistogram", "log2_histogram", "raw_histogram"]
 
-_BINS = 512
+BINS = 512
 _SIGN = 256
 _NONFINITE = 255
 _BIAS = 127
@@ -47,22 +47,22 @@ def log2_histogram(x: Tensor) -> Tensor:
     values = outer_channel_inner(x.detach(), 1).reshape(-1) if x.numel() else x.detach().reshape(-1)
     if x.device.type != "cpu":
         return _counted_in_lanes(_bin_numbers(values))
-    counts = torch.zeros(_BINS, dtype=torch.int64)
+    counts = torch.zeros(BINS, dtype=torch.int64)
     for chunk in values.split(_CHUNK):
-        counts += torch.bincount(_bin_numbers(chunk), minlength=_BINS)
+        counts += torch.bincount(_bin_numbers(chunk), minlength=BINS)
     return counts
 
 
 def _bin_numbers(values: Tensor) -> Tensor:
-    return values.float().view(torch.int32).bitwise_right_shift(23).bitwise_and_(_BINS - 1)
+    return values.float().view(torch.int32).bitwise_right_shift(23).bitwise_and_(BINS - 1)
 
 
 def _counted_in_lanes(bins: Tensor) -> Tensor:
     """Count without ``bincount``, which waits for the device to learn how many bins there are."""
-    lanes = torch.arange(len(bins), device=bins.device).remainder_(_LANES).mul_(_BINS).add_(bins)
-    counts = torch.zeros(_LANES * _BINS, dtype=torch.int64, device=bins.device)
+    lanes = torch.arange(len(bins), device=bins.device).remainder_(_LANES).mul_(BINS).add_(bins)
+    counts = torch.zeros(_LANES * BINS, dtype=torch.int64, device=bins.device)
     counts.index_add_(0, lanes, torch.ones_like(lanes))
-    return counts.view(_LANES, _BINS).sum(0)
+    return counts.view(_LANES, BINS).sum(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from bn_lightning.monitoring.alerts import Alert, AlertRules
 from bn_lightning.monitoring.cadence import Cadence, GrowingInterval
 from bn_lightning.monitoring.history import ActivationHistory, RunningHistory
 from bn_lightning.monitoring.observe import ObservedActivations, observe_activations
+from bn_lightning.monitoring.recent import RecentSamples
 from bn_lightning.monitoring.running import RunningStatisticsWatch
 from bn_lightning.monitoring.running_snapshot import RunningSnapshot
 from bn_lightning.monitoring.snapshot import ActivationSnapshot
@@ -21,6 +22,7 @@ __all__ = [
     "GrowingInterval",
     "LayerStatistics",
     "ObservedActivations",
+    "RecentSamples",
     "RunningHistory",
     "RunningSnapshot",
     "RunningStatisticsWatch",

@@ -1,5 +1,8 @@
 """When to sample, and when to draw again."""
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bn_lightning.errors import BatchNormError
@@ -37,25 +40,40 @@ class Cadence:
         """Tell whether to sample the optimizer step, counted from 0."""
         return step < self.first_steps or step % self.every_n_steps == 0
 
+    def samples(self, steps: float) -> float:
+        """Return how many of so many steps are sampled, about.
+
+        Example:
+            >>> Cadence(every_n_steps=50, first_steps=20).samples(1020), Cadence().samples(float("inf"))
+            (40.0, inf)
+        """
+        first = min(steps, self.first_steps)
+        return first + (steps - first) / self.every_n_steps
+
 
 class GrowingInterval:
-    """Something dear, to be done again each time the step count has grown by half.
+    """Something dear, to be done again each time the step count has grown by half, but not too soon after the last.
 
     Args:
         first: The step of the first time.
+        seconds: How long to wait at least.
+        clock: What tells the time, in seconds.
 
     Example:
-        >>> redraw = GrowingInterval(first=100)
+        >>> redraw = GrowingInterval(first=100, seconds=0)
         >>> [step for step in range(400) if redraw.is_due(step)]
         [100, 150, 225, 338]
     """
 
-    def __init__(self, first: int) -> None:
+    def __init__(self, first: int, seconds: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = seconds
         self._next: float = first
+        self._clock = clock
+        self._last = -math.inf
 
     def is_due(self, step: int) -> bool:
         """Tell whether to do it now; a yes counts as done."""
-        if step < self._next:
+        if step < self._next or self._clock() < self._last + self.seconds:
             return False
-        self._next = 1.5 * step
+        self._next, self._last = 1.5 * step, self._clock()
         return True

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from bn_lightning.errors import BatchNormError
 from bn_lightning.monitoring.snapshot import ActivationSnapshot
 from bn_lightning.monitoring.statistics import ChannelStatistics
 from bn_lightning.monitoring.watch import ActivationWatch
@@ -19,7 +20,12 @@ __all__ = ["ObservedActivations", "observe_activations"]
 
 @contextmanager
 def observe_activations(
-    model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()
+    model: nn.Module,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    *,
+    gradients: bool = False,
+    histograms: bool = False,
 ) -> Iterator["ObservedActivations"]:
     """Measure what each layer puts out while the block runs; all calls in it are one sample.
 
@@ -31,6 +37,8 @@ def observe_activations(
         include: ``fnmatch`` patterns on layer names, of which at least one has to match; empty means every layer that
             has no children and is neither Identity, dropout, loss nor metric. A full name picks that very module.
         exclude: Patterns of which none may match.
+        gradients: Measure the gradients that flow back into the outputs too; a backward pass in the block makes them.
+        histograms: Count values by sign and power of two too; they are in the snapshot.
 
     Yields:
         The observation. Reading it copies one buffer from the device.
@@ -51,7 +59,7 @@ def observe_activations(
         zeros %: values that are exactly 0; std over all values of the layer, correction=0
         layers with a remark: 1 of 1
     """
-    watch = ActivationWatch()
+    watch = ActivationWatch(gradients=gradients, histograms=histograms)
     try:
         watch.install(model, include, exclude)
         watch.sampling = True
@@ -77,6 +85,23 @@ class ObservedActivations:
     def to_dict(self) -> dict[str, dict[str, int | float | str]]:
         """Return the fields of `LayerStatistics` by layer."""
         return self.snapshot().to_dict()
+
+    def gradients(self) -> ActivationSnapshot:
+        """Return the gradients that flowed back into the outputs.
+
+        Raises:
+            BatchNormError: If they were not asked for.
+        """
+        found = self.snapshot().gradients
+        if found is None:
+            raise BatchNormError("gradients were not measured: observe_activations(…, gradients=True) does.")
+        return found
+
+    def profile(self) -> "Figure":
+        """Draw mean ± std along the network; see `depth_profile`."""
+        from bn_lightning.monitoring.pictures import depth_profile
+
+        return depth_profile(self.snapshot())
 
     def channels(self, layer: str) -> ChannelStatistics:
         """Return one layer channel by channel.

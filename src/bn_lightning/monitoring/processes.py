@@ -9,7 +9,7 @@ from bn_lightning.functional.activation import empty_statistics, pool_statistics
 from bn_lightning.monitoring.buffer import Layout
 from bn_lightning.monitoring.host import copy_to_host
 
-__all__ = ["Merged", "ProcessMerge"]
+__all__ = ["Merged", "ProcessMerge", "alone"]
 
 Merged = tuple[Tensor, Layout, Tensor]
 """Statistics (7, total channels), which layers' columns they are, and counts; on the CPU."""
@@ -39,7 +39,7 @@ class ProcessMerge:
         Shape:
             ``values``: (7, total channels). ``counts``: any.
         """
-        if not across_processes or _alone():
+        if not across_processes or alone():
             finish = copy_to_host(torch.cat([values.flatten(), counts.to(values).flatten()]))
 
             def read() -> Merged:
@@ -89,5 +89,6 @@ class ProcessMerge:
         return read
 
 
-def _alone() -> bool:
+def alone() -> bool:
+    """Tell whether this process has no others to merge with."""
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1

@@ -1,7 +1,7 @@
 """What the running statistics of every BatchNorm layer tell, read."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -166,27 +166,6 @@ class RunningSnapshot:
         totals["nonfinite"] = float(sum(row.nonfinite for row in self.rows))
         restored = sum(row.restored for row in self.rows)
         return {**totals, "restored": float(restored)} if restored else totals
-
-    def nonfinite_message(self, *, besides: Collection[str] = ()) -> str:
-        """Name the layer whose running statistics were nonfinite first, and what to do; empty if there is none.
-
-        Args:
-            besides: Layers to say nothing of.
-        """
-        spoiled = [row for row in self.rows if row.first_spoiled is not None and row.layer not in besides]
-        if not spoiled:
-            return ""
-        first = min(spoiled, key=lambda row: row.first_spoiled or 0)
-        others = f", as are those of {len(spoiled) - 1} other layers" if len(spoiled) > 1 else ""
-        fate = (
-            f"they were put back to the last finite ones {_times(first.restored)}"
-            if first.restored
-            else 'evaluation is nonfinite from now on: recalibrate, or train with on_nonfinite="restore"'
-        )
-        return (
-            f"the running statistics of {first.layer!r} were NaN or infinite after optimizer step "
-            f"{first.first_spoiled}{others}; {fate}. A batch with an overflow, as under float16, is the usual cause."
-        )
 
     def table(self) -> Table:
         """Return one row a layer."""

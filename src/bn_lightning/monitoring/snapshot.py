@@ -1,7 +1,7 @@
 """One sample of every watched layer, read."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -83,17 +83,19 @@ class ActivationSnapshot:
         return ChannelStatistics.of(self.blocks[layer])
 
     def totals(self) -> dict[str, float]:
-        """Return what sums the whole network up: nonfinite values, dead channels, and the largest magnitude.
+        """Return what sums the whole network up.
 
-        ``max_abs`` is NaN if any layer put out a NaN.
+        These are ``nonfinite`` values, ``dead_channels``, ``max_abs``, the largest magnitude, which is NaN if any layer
+        put out a NaN, and ``saturation``, the largest of any layer, where one is known.
         """
-        rows = [row for _, row in self.layers()]
-        extremes = [abs(value) for row in rows if row.count for value in (row.min, row.max)]
-        return {
+        rows = [row for row in self.rows.values() if row.count]
+        totals = {
             "nonfinite": float(sum(row.nonfinite for row in rows)),
             "dead_channels": float(sum(row.dead_channels for row in rows)),
-            "max_abs": float(torch.tensor(extremes, dtype=torch.float64).amax()) if extremes else float("nan"),
+            "max_abs": _largest([abs(value) for row in rows for value in (row.min, row.max)]),
         }
+        known = [row.saturation for row in rows if not math.isnan(row.saturation)]
+        return {**totals, "saturation": max(known)} if known else totals
 
     def table(self, *, none_called: str = "no layer was called in this sample") -> Table:
         """Return one row a layer, in order of execution; no rows if no layer was called.
@@ -132,6 +134,10 @@ class ActivationSnapshot:
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
+
+
+def _largest(values: Sequence[float]) -> float:
+    return max(values) if values and not any(map(math.isnan, values)) else math.nan
 
 
 def _numbers(row: LayerStatistics) -> tuple[float | None, ...]:

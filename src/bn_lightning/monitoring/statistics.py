@@ -10,10 +10,10 @@ from torch import Tensor
 from bn_lightning.functional.activation import Row
 from bn_lightning.functional.grouped import add_groups, pool_groups
 
-__all__ = ["ChannelStatistics", "LayerStatistics"]
+__all__ = ["NEAR_OVERFLOW", "ChannelStatistics", "LayerStatistics"]
 
 # From here on, twice as much is more than the dtype can hold.
-_NEAR_OVERFLOW = 0.5
+NEAR_OVERFLOW = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class LayerStatistics:
         remarks = [self.reason] if self.reason else []
         if self.nonfinite:
             remarks.append(f"{self.nonfinite} nonfinite values")
-        elif self.saturation > _NEAR_OVERFLOW:
+        elif self.saturation > NEAR_OVERFLOW:
             remarks.append(f"up to {100 * self.saturation:.0f} % of what its dtype can hold")
         if self.dead_channels:
             all_of_them = self.dead_channels == self.channels

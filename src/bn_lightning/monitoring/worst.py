@@ -6,7 +6,7 @@ from statistics import median
 
 from bn_lightning.monitoring.running_snapshot import RunningRow, RunningSnapshot
 from bn_lightning.monitoring.snapshot import ActivationSnapshot
-from bn_lightning.monitoring.statistics import _NEAR_OVERFLOW, LayerStatistics
+from bn_lightning.monitoring.statistics import NEAR_OVERFLOW, LayerStatistics
 from bn_lightning.reports.table import Cell, Table
 
 __all__ = ["worst_batch_norms", "worst_layers"]
@@ -89,7 +89,7 @@ def _activation_rank(row: LayerStatistics, usual: float) -> tuple[int, float]:
         return 0, 0.0
     if row.dead_channels:
         return 1, -row.dead_channels / row.channels
-    if row.saturation > _NEAR_OVERFLOW:
+    if row.saturation > NEAR_OVERFLOW:
         return 2, -row.saturation
     if row.count > 1 and row.std == 0:
         return 3, 0.0

@@ -67,7 +67,10 @@ class NonfiniteStatistics(Symptom[RunningSnapshot]):
         since = "" if row.first_spoiled is None else f", first after optimizer step {row.first_spoiled}"
         found = f"running statistics were NaN or infinite{since}"
         if row.nonfinite:
-            return found, "Evaluation is nonfinite from now on: look for an overflow, recalibrate, or restore them"
+            return found, (
+                "Evaluation is nonfinite from now on: look for the batch that overflows, as under float16, and "
+                "recalibrate, or train with BatchNormMonitor(on_nonfinite='restore')"
+            )
         return f"{found}, and were put back", "Look for the batch that overflows, as under float16"
 
 
