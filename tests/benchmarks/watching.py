@@ -18,9 +18,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from bn_lightning.functional.activation import activation_statistics
 from bn_lightning.functional.fused import FusedStatistics
-from bn_lightning.functional.log_histogram import log2_histogram
 from bn_lightning.monitoring import ActivationWatch, RunningStatisticsWatch
 from bn_lightning.selection import named_batch_norms
 
@@ -110,9 +108,9 @@ class Hooked:
 class Watched:
     """This library, sampling or between samples, the flush included."""
 
-    def __init__(self, model, sampling, measure=activation_statistics):
+    def __init__(self, model, sampling, **options):
         self.model, self.sampling = model, sampling
-        self.watch = ActivationWatch(measure)
+        self.watch = ActivationWatch(**options)
 
     def __enter__(self):
         self.watch.install(self.model)
@@ -120,21 +118,6 @@ class Watched:
 
     def __exit__(self, *exception):
         self.watch.remove()
-
-
-class WithHistograms:
-    """Eager statistics and a histogram of every output, read at the flush."""
-
-    def __init__(self):
-        self.histograms = []
-
-    def __call__(self, x, *, channel_dim=1):
-        self.histograms.append(log2_histogram(x))
-        return activation_statistics(x, channel_dim=channel_dim)
-
-    def flush(self):
-        torch.stack(self.histograms).cpu()
-        self.histograms.clear()
 
 
 class Running:
@@ -194,11 +177,6 @@ def device_kibibytes(model, step):
     return layers, taken.numel() * taken.element_size() / 1024, 512 * 8 / 1024
 
 
-def trainer_run():
-    """Time a Trainer run with the callbacks against one without, as (name, ratio) pairs to print."""
-    return ()
-
-
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=15)
@@ -218,14 +196,15 @@ def main():
     # Kernels left by an earlier run would hide what compiling costs.
     caches = tempfile.TemporaryDirectory()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches.name
-    fused, histograms = FusedStatistics(), WithHistograms()
-    sampled, compiled = Watched(model, sampling=True), Watched(model, sampling=True, measure=fused)
-    binned = Watched(model, sampling=True, measure=histograms)
+    fused = FusedStatistics()
+    sampled, compiled = Watched(model, sampling=True), Watched(model, sampling=True, statistics=fused)
+    backward, binned = Watched(model, sampling=True, gradients=True), Watched(model, sampling=True, histograms=True)
     ways = {
         "bare step": (Bare(), lambda: None),
         "ActivationWatch, sampled step, flushed": (sampled, sampled.watch.flush),
         "the same, fused": (compiled, compiled.watch.flush),
-        "the same, eager with histograms": (binned, lambda: (binned.watch.flush(), histograms.flush())),
+        "the same, eager with gradients": (backward, backward.watch.flush),
+        "the same, eager with histograms": (binned, binned.watch.flush),
         "ActivationWatch, between samples": (Watched(model, sampling=False), lambda: None),
         "RunningStatisticsWatch at every step": (Bare(), Running(model, 50).flush),
         "the same, read at every step": (Bare(), Running(model, 1).flush),
@@ -257,8 +236,6 @@ def main():
         f"{100 * histogram_kib:.0f} KiB of histograms"
     )
     print(f"a tap between samples: {tap_microseconds():.2f} µs")
-    for name, ratio in trainer_run():
-        print(f"{name:40s} {ratio:.3f}")
 
 
 if __name__ == "__main__":
