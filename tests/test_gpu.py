@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from bn_lightning import fold_batch_norm, recalibrate_batch_norm
-from bn_lightning.callbacks import ActivationMonitor, BatchNormAudit, FoldBatchNorm
+from bn_lightning.callbacks import ActivationMonitor, BatchNormAudit, BatchNormMonitor, FoldBatchNorm
 from bn_lightning.layers.registry import VARIANTS
 from bn_lightning.modules import DigitsDataModule, ImageClassifier
-from bn_lightning.monitoring import ActivationWatch
+from bn_lightning.monitoring import ActivationWatch, RunningStatisticsWatch
 from bn_lightning.networks import ResidualNetwork
 from bn_lightning.selection import named_batch_norms
 
@@ -37,30 +37,44 @@ def batches():
     return [torch.randn(n, 1, 8, 8, generator=generator) * 2 + 1 for n in (32, 32, 7)]
 
 
-def test_a_sampled_step_does_not_wait_for_the_device():
+def test_a_sampled_step_and_its_flush_do_not_wait_for_the_device():
     model, (x, *_) = randomized().cuda(), batches()
     x = x.cuda()
-    watch = ActivationWatch()
+    watch = ActivationWatch(gradients=True, histograms=True)
+    running = RunningStatisticsWatch(named_batch_norms(model), restore=True)
+    scale = torch.full((), 4.0, device="cuda")
     watch.install(model)
     watch.sampling = True
     model(x).sum().backward()  # the first sample allots the buffer
+    running.begin()
+    running.end(0)
     watch.flush()
+    running.read()
     torch.cuda.set_sync_debug_mode("error")
     try:
+        running.begin()
         for _ in range(2):  # the second call merges
             model(x).sum().backward()
+        running.end(1)
+        finish = watch.start_flush(gradient_scale=scale)
+        finish_running = running.start_reading()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    on_device = watch.flush().to_dict()
+    on_device, updates = finish(), finish_running().rows[0].updates
+    assert updates == 2
     watch.remove()
     model = model.cpu()
     watch.install(model)
     watch.sampling = True
     for _ in range(2):
-        model(x.cpu())
-    for name, row in watch.flush().to_dict().items():
-        assert on_device[name]["count"] == row["count"]
-        assert on_device[name]["std"] == pytest.approx(row["std"], rel=1e-3, abs=1e-4), name
+        model(x.cpu()).sum().backward()
+    here = watch.start_flush(gradient_scale=scale.cpu())()
+    for there, expected in ((on_device, here), (on_device.gradients, here.gradients)):
+        for name, row in expected.to_dict().items():
+            assert there.to_dict()[name]["count"] == row["count"]
+            assert there.to_dict()[name]["std"] == pytest.approx(row["std"], rel=1e-3, abs=1e-4), name
+    for name, counts in here.histograms.items():
+        assert on_device.histograms[name].sum() == counts.sum()
 
 
 def test_recalibration_agrees_with_the_cpu():
@@ -113,8 +127,9 @@ def test_training_on_the_device_is_bitwise_unchanged(precision, tmp_path, monkey
         trainer.test(module, data, verbose=False)
         return {name: value.cpu() for name, value in module.state_dict().items()}
 
-    monitor, audit, fold = ActivationMonitor(every_n_steps=5), BatchNormAudit(max_batches=4), FoldBatchNorm()
-    watched, bare = train([monitor, audit, fold]), train([])
+    monitor, running = ActivationMonitor(every_n_steps=5, gradients=True), BatchNormMonitor(every_n_steps=5)
+    audit, fold = BatchNormAudit(max_batches=4), FoldBatchNorm()
+    watched, bare = train([monitor, running, audit, fold]), train([])
     for name, value in bare.items():
         assert torch.equal(watched[name], value), name
     assert len(audit.report.layers) == len(named_batch_norms(ResidualNetwork(**SMALL)))

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bn_lightning.callbacks.activation_monitor import ActivationMonitor
 from bn_lightning.errors import BatchNormError
+from bn_lightning.functional.fused import FusedStatistics
 from bn_lightning.monitoring import GrowingInterval, observe_activations
 
 LAYERS = ("network.0", "network.1", "network.2", "network.4")
@@ -22,8 +23,9 @@ BATCH = 6
 class Module(pl.LightningModule):
     """A convolution, BN, ReLU, dropout and a linear layer; keeps its losses and its training batches."""
 
-    def __init__(self, fail_at=None):
+    def __init__(self, fail_at=None, error=RuntimeError):
         super().__init__()
+        self.error = error
         self.network = nn.Sequential(
             nn.Conv2d(1, 4, 3),
             nn.BatchNorm2d(4),
@@ -37,7 +39,7 @@ class Module(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         if batch_idx == self.fail_at:
-            raise RuntimeError("stop here")
+            raise self.error("stop here")
         x, target = batch
         weights = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
         self.seen.append((weights, x))
@@ -239,9 +241,11 @@ def test_taps_are_gone_after_fit_and_the_results_stay(tmp_path):
     assert "exact zeros" in monitor.figure("zero_fraction").get_suptitle()
 
 
-def test_taps_are_gone_after_an_exception(tmp_path):
-    monitor, module = ActivationMonitor(), Module(fail_at=3)
-    with pytest.raises(RuntimeError, match="stop here"):
+@pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt.*")
+@pytest.mark.parametrize(("error", "raised"), [(RuntimeError, RuntimeError), (KeyboardInterrupt, SystemExit)])
+def test_taps_are_gone_after_an_exception_and_an_interrupt(tmp_path, error, raised):
+    monitor, module = ActivationMonitor(gradients=True), Module(fail_at=3, error=error)
+    with pytest.raises(raised):
         fit(tmp_path, monitor, module=module)
     assert no_hooks(module)
     assert "at optimizer step 2" in str(monitor.table())
@@ -402,3 +406,31 @@ def test_observing_inside_inference_mode_works(tmp_path):
     trainer, _ = fit(tmp_path, module=module)
     trainer.test(module, loader(1), verbose=False)
     assert module.rows["0"]["count"] == BATCH * 4 * 16
+
+
+@pytest.mark.parametrize(
+    ("long", "many", "fused"),
+    [pytest.param(8, 8, True, id="long"), pytest.param(9, 8, False, id="short"), pytest.param(8, 9, False, id="few")],
+)
+def test_one_compiled_pass_where_there_are_samples_enough_to_pay_for_it(tmp_path, monkeypatch, caplog, long, many, fused):
+    monkeypatch.setattr("bn_lightning.callbacks.activation_monitor._LONG", long)
+    monkeypatch.setattr("bn_lightning.callbacks.activation_monitor._MANY", many)
+    monitor = ActivationMonitor()
+    fit(tmp_path, monitor)
+    assert isinstance(monitor._watch.statistics, FusedStatistics) == fused
+    assert ("compiles its pass over activations" in caplog.text) == fused
+
+
+def test_a_compiled_pass_that_fails_is_told(tmp_path, monkeypatch, caplog):
+    class Fails(FusedStatistics):
+        def __init__(self):
+            super().__init__()
+            self.reason = "no compiler"
+
+    monkeypatch.setattr("bn_lightning.callbacks.activation_monitor.FusedStatistics", Fails)
+    monkeypatch.setattr("bn_lightning.callbacks.activation_monitor._LONG", 1)
+    monkeypatch.setattr("bn_lightning.callbacks.activation_monitor._MANY", 1)
+    monitor = ActivationMonitor()
+    fit(tmp_path, monitor)
+    assert "took the eager way: no compiler" in caplog.text
+    assert monitor.history.steps == list(range(8))

@@ -187,6 +187,8 @@ class ActivationMonitor(Monitor):
         if self._sampled_step is not None:
             self._flush(trainer)
         self._log(trainer)
+        if isinstance(self._watch.statistics, FusedStatistics) and self._watch.statistics.reason:
+            rank_zero_info(f"ActivationMonitor took the eager way: {self._watch.statistics.reason}.")
 
     @override
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

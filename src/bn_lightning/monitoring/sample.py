@@ -63,7 +63,8 @@ def rescaled_gradients(values: Tensor, layout: Layout, scale: Tensor) -> Tensor:
     gradients = torch.tensor([is_gradient(name) for name, _ in layout]).repeat_interleave(widths)
     factor = torch.where(gradients.to(values.device, non_blocking=True), inverse, 1.0)
     scaled = values.clone()
-    scaled[[Row.MEAN, Row.MIN, Row.MAX]] *= factor
+    for row in (Row.MEAN, Row.MIN, Row.MAX):  # one by one: a list of rows would be copied to the device, waiting for it
+        scaled[row] *= factor
     scaled[Row.M2] *= factor.square()
     return scaled
 
