@@ -412,7 +412,7 @@ def test_observing_inside_inference_mode_works(tmp_path):
     ("long", "many", "fused"),
     [pytest.param(8, 8, True, id="long"), pytest.param(9, 8, False, id="short"), pytest.param(8, 9, False, id="few")],
 )
-def test_one_compiled_pass_where_there_are_samples_enough_to_pay_for_it(tmp_path, monkeypatch, caplog, long, many, fused):
+def test_one_compiled_pass_where_samples_pay_for_it(tmp_path, monkeypatch, caplog, long, many, fused):
     monkeypatch.setattr("bn_lightning.callbacks.activation_monitor._LONG", long)
     monkeypatch.setattr("bn_lightning.callbacks.activation_monitor._MANY", many)
     monitor = ActivationMonitor()
