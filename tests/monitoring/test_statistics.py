@@ -147,6 +147,13 @@ def test_the_rough_mean_may_be_far_off(measure, at, axis):
     check(ChannelStatistics.of(measure(x, channel_dim=axis)), by_numpy(x, axis), rtol=1e-6)
 
 
+def test_a_compiled_network_takes_the_eager_statistics_into_its_graph():
+    x = draw(200, 640)
+    x[0, 0] = torch.nan
+    found = torch.compile(activation_statistics, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(found, activation_statistics(x), equal_nan=True)
+
+
 @pytest.mark.parametrize("sizes", [[70], [1, 69], [2, 4, 64], [0, 70, 0]], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1e4], ids="offset={:g}".format)
 def test_parts_merge_to_the_whole(measure, sizes, offset):

@@ -204,9 +204,10 @@ def _centred_sums(x: Tensor, shift: Tensor, scratch: Tensor) -> list[Tensor]:
 def _nonfinite(x: Tensor, rows: int, squares: Tensor) -> Tensor:
     """Count NaN and infinite values for each channel of (N, C, I), ``rows`` at a time.
 
-    On a CPU, where a look at a value waits for nothing, that takes a pass only if the squares did not stay finite.
+    On a CPU, where a look at a value waits for nothing, that takes a pass only if the squares did not stay finite. In a
+    compiled network a look would break the graph.
     """
-    if x.device.type == "cpu" and math.isfinite(squares.sum()):
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and math.isfinite(squares.sum()):
         return torch.zeros_like(squares)
     counts = [_reduced(torch.sum, (chunk - chunk).ne_(0)) for chunk in x.split(rows)]
     return torch.stack(counts).sum(0, dtype=squares.dtype)

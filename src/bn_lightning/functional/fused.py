@@ -58,22 +58,27 @@ class FusedStatistics:
         """Measure each channel of one activation; arguments and result as in `activation_statistics`."""
         if self.reason or type(x) is not Tensor or not x.is_floating_point() or x.numel() < _FEWEST:
             return activation_statistics(x, channel_dim=channel_dim)
-        # One state for all calls: the compiler's guards would compile again for another.
-        with torch.inference_mode(False), torch.no_grad():
-            values = outer_channel_inner(x.detach(), channel_dim).contiguous()
-            parts = _equal_parts(values.shape[2])
-            if not parts:
-                return activation_statistics(x, channel_dim=channel_dim)
-            kernel, pieces = _pieces(values if parts == 1 else values.view(len(values), values.shape[1] * parts, -1))
-            try:
-                blocks = [self._measured(kernel, piece) for piece in pieces]
-            except Exception as error:  # whatever the compiler raises, training goes on
-                self.reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-                return activation_statistics(x, channel_dim=channel_dim)
-            block = blocks[0] if len(blocks) == 1 else pool_statistics(torch.stack(blocks, dim=1))
-            return block if parts == 1 else pool_statistics(block.view(len(block), -1, parts).movedim(2, 1))
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            # One state for all calls: the compiler's guards would compile again for another.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._measure(x, channel_dim)
+        return self._measure(x, channel_dim)
 
-    def _measured(self, kernel: _Kernel, piece: Tensor) -> Tensor:
+    def _measure(self, x: Tensor, channel_dim: int) -> Tensor:
+        values = outer_channel_inner(x.detach(), channel_dim).contiguous()
+        parts = _equal_parts(values.shape[2])
+        if not parts:
+            return activation_statistics(x, channel_dim=channel_dim)
+        kernel, pieces = _pieces(values if parts == 1 else values.view(len(values), values.shape[1] * parts, -1))
+        try:
+            blocks = [self._run(kernel, piece) for piece in pieces]
+        except Exception as error:  # whatever the compiler raises, training goes on
+            self.reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            return activation_statistics(x, channel_dim=channel_dim)
+        block = blocks[0] if len(blocks) == 1 else pool_statistics(torch.stack(blocks, dim=1))
+        return block if parts == 1 else pool_statistics(block.view(len(block), -1, parts).movedim(2, 1))
+
+    def _run(self, kernel: _Kernel, piece: Tensor) -> Tensor:
         # A size of 1 is a constant to the compiler.
         key = (kernel, piece.dtype, piece.device.type, *(size == 1 for size in piece.shape))
         if key in self._ready:
@@ -135,8 +140,10 @@ def _reduced(x: Tensor, axis: int) -> Tensor:
     count = x.shape[axis]
     if x.element_size() < 4:
         x = x.float()
-    # About an infinite mean every value would be NaN.
-    mean = (x.sum(axis, keepdim=True, dtype=wide) / count).to(x.dtype)
+    smallest, largest = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
+    # Divided before they are added, which large values would otherwise not survive. Rounding must not carry the mean
+    # of equal values away from them, and about an infinite mean every value would be NaN.
+    mean = (x * (1.0 / count)).sum(axis, keepdim=True).clamp(smallest, largest)
     mean = torch.where(mean - mean == 0, mean, 0.0)
     deviations = x - mean
     return statistics_block(
@@ -144,8 +151,8 @@ def _reduced(x: Tensor, axis: int) -> Tensor:
         mean.squeeze(axis).to(wide),
         deviations.sum(axis).to(wide),
         deviations.square().sum(axis).to(wide),
-        x.amin(axis).to(wide),
-        x.amax(axis).to(wide),
+        smallest.squeeze(axis).to(wide),
+        largest.squeeze(axis).to(wide),
         (x == 0).to(x.dtype).sum(axis).to(wide),
         (x - x != 0).to(x.dtype).sum(axis).to(wide),
     )
