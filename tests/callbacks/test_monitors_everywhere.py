@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -79,7 +80,7 @@ def fit(tmp_path, module, *callbacks, ckpt_path=None, **options):
     pl.seed_everything(0, verbose=False)
     for layer in (module.body[0], module.head):
         layer.reset_parameters()
-    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1}
     trainer = pl.Trainer(
         accelerator="cpu",
         enable_progress_bar=False,
@@ -184,3 +185,38 @@ def test_a_checkpoint_in_the_middle_holds_the_sample_that_is_not_logged_yet(tmp_
     saved = torch.load(tmp_path / "middle.ckpt")["callbacks"]
     (state,) = [state for key, state in saved.items() if "ActivationMonitor" in key]
     assert state["history"]["steps"] == [0, 2]
+
+
+@pytest.mark.parametrize("logger", [False, True], ids=["no logger", "logger"])
+def test_a_checkpoint_that_was_trained_to_its_end_is_resumed_without_a_word(tmp_path, logger, capsys):
+    trainer = fit(tmp_path, Module(), *monitors())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    capsys.readouterr()
+    before = sorted(tmp_path.glob("*.jsonl"))
+    again = monitors()
+    logger = CSVLogger(tmp_path, name="", version="log") if logger else False
+    fit(tmp_path, Module(), *again, ckpt_path=tmp_path / "end.ckpt", logger=logger)
+    assert "worst" not in capsys.readouterr().out
+    assert sorted(tmp_path.glob("*.jsonl")) == before
+    assert again[0].history.steps == [0, 2, 4]
+
+
+def test_another_default_device_does_not_matter(tmp_path):
+    activations, running = monitors()
+    fit(tmp_path, Module(), activations, running, DefaultDevice(), limit_val_batches=0)
+    assert activations.history.steps == [0, 2, 4]
+    assert running.snapshot.rows[0].updates == 1
+    assert list(tmp_path.glob("*.jsonl"))
+
+
+class DefaultDevice(pl.Callback):
+    """From the first batch on, a tensor made without a device has no values."""
+
+    def on_train_start(self, trainer, pl_module):
+        torch.set_default_device("meta")
+
+    def on_fit_end(self, trainer, pl_module):
+        torch.set_default_device(None)
+
+    def on_exception(self, trainer, pl_module, exception):
+        torch.set_default_device(None)

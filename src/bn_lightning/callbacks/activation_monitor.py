@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from bn_lightning.callbacks.base import ends_optimizer_step
+from bn_lightning.callbacks.base import ends_optimizer_step, expected_steps
 from bn_lightning.callbacks.monitor import MOST_LAYERS_AS_SCALARS, Monitor
 from bn_lightning.callbacks.publishing import log_histogram, log_text
 from bn_lightning.errors import BatchNormError
@@ -54,6 +54,7 @@ class ActivationMonitor(Monitor):
     ``activations/profile``                  picture: mean ± std along the network
     ``activations/worst``                    text: the layers that are worth a look first
     ``activations/alerts``                   text: every alert of the fit
+    ``activations/before``                   text: a layer's last 20 samples, when it is the first with a nonfinite one
     ``activations/histogram/<layer>``        histogram of all values in powers of two (``histograms=True``)
     ``gradients/<layer>/rms``                root mean square of the loss's gradient by the layer's output, units of
                                              1 / activation (``gradients=True``, as all below; up to 50 layers)
@@ -122,7 +123,6 @@ class ActivationMonitor(Monitor):
         if blind and not gradients:
             raise BatchNormError(f"the alert {blind[0]!r} needs gradients=True.")
         self.gradients, self.histograms = gradients, histograms
-        self.snapshot: ActivationSnapshot | None = None
         self._forget()
         self._begin()
 
@@ -144,7 +144,7 @@ class ActivationMonitor(Monitor):
         Raises:
             BatchNormError: If there is no such statistic, or nothing was sampled yet.
         """
-        self._collect()
+        self._look()
         return (self.gradient_history if gradients else self.history).figure(stat)
 
     @override
@@ -155,8 +155,9 @@ class ActivationMonitor(Monitor):
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        samples = self.cadence.samples(trainer.estimated_stepping_batches)
-        if trainer.estimated_stepping_batches >= _LONG and samples >= _MANY:
+        steps = expected_steps(trainer)
+        samples = self.cadence.samples(steps)
+        if steps >= _LONG and samples >= _MANY:
             self._watch.statistics = FusedStatistics()
             rank_zero_info(f"ActivationMonitor compiles its pass over activations, for some {samples:g} samples.")
         if logging_step(trainer) == 0:  # another run, not one resumed
@@ -205,8 +206,7 @@ class ActivationMonitor(Monitor):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if alone():  # with others, all of them would have to be here
-            self._collect()
+        self._look()
         return {"history": self.history.state_dict(), "gradient_history": self.gradient_history.state_dict()}
 
     @override
@@ -225,6 +225,7 @@ class ActivationMonitor(Monitor):
 
     def _forget(self) -> None:
         """Forget the run before."""
+        self.snapshot: ActivationSnapshot | None = None
         self.history, self.gradient_history = ActivationHistory(), ActivationHistory()
 
     def _flush(self, trainer: Any) -> None:
@@ -281,8 +282,13 @@ class ActivationMonitor(Monitor):
     def _worst(self) -> Table:
         return worst_layers(self._newest())
 
+    def _look(self) -> None:
+        """Take the newest sample in between two cadences; among other processes all would have to, so none does."""
+        if alone():
+            self._collect()
+
     def _newest(self) -> ActivationSnapshot:
-        self._collect()
+        self._look()
         if self.snapshot is None:
             raise BatchNormError("nothing was sampled yet: fit for at least one sampled optimizer step first.")
         return self.snapshot

@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from bn_lightning.callbacks.replaced import require_same_classes, variant_classes
 
-__all__ = ["BatchNormCallback", "ends_optimizer_step"]
+__all__ = ["BatchNormCallback", "ends_optimizer_step", "expected_steps"]
 
 if TYPE_CHECKING:
     _Callback = pl.Callback
@@ -36,6 +37,14 @@ class BatchNormCallback(_Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._variants:
             require_same_classes(pl_module, self._variants)
+
+
+def expected_steps(trainer: Any) -> float:
+    """Return how many optimizer steps a fit will take, once it has begun; -1 or 0 where Lightning cannot tell."""
+    try:
+        return float(trainer.estimated_stepping_batches)
+    except MisconfigurationException:  # accumulate_grad_batches differs between epochs
+        return 0.0
 
 
 def ends_optimizer_step(trainer: Any, batch_idx: int) -> bool:

@@ -127,7 +127,7 @@ class BatchNormMonitor(Monitor):
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if logging_step(trainer) == 0:  # another run, not one resumed
-            self.history = RunningHistory()
+            self.history, self.snapshot = RunningHistory(), None
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

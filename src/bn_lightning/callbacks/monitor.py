@@ -58,6 +58,7 @@ class Monitor(BatchNormCallback):
         self._rules = self._new_rules()
         self._redraw = GrowingInterval(_FIRST_PICTURE)
         self._file: Path | None = None
+        self._published = False
 
     @property
     @override
@@ -69,10 +70,12 @@ class Monitor(BatchNormCallback):
         super().on_fit_start(trainer, pl_module)
         self.alert_log, self._rules = [], self._new_rules()
         self._redraw, self._file = GrowingInterval(_FIRST_PICTURE), None
+        self._published = False
 
     @override
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.history.steps and trainer.is_global_zero and self.history.layers:
+        # Not if a checkpoint was resumed that had been trained to its end.
+        if self._published and trainer.is_global_zero and self.history.layers:
             self._draw(trainer, self.history.last_step)
             self._worst().print()
 
@@ -96,6 +99,7 @@ class Monitor(BatchNormCallback):
 
     def _publish(self, trainer: Any, step: int, scalars: dict[str, float], alerts: Sequence[Alert]) -> None:
         """Log what was found at a step; every process has to call it."""
+        self._published = True
         log_scalars(trainer, scalars, step)
         self.alert_log += alerts
         if self.on_alert == "stop" and trainer.strategy.reduce_boolean_decision(bool(alerts), all=False):

@@ -47,7 +47,7 @@ def log2_histogram(x: Tensor) -> Tensor:
     values = outer_channel_inner(x.detach(), 1).reshape(-1) if x.numel() else x.detach().reshape(-1)
     if x.device.type != "cpu":
         return _counted_in_lanes(_bin_numbers(values))
-    counts = torch.zeros(BINS, dtype=torch.int64)
+    counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
     for chunk in values.split(_CHUNK):
         counts += torch.bincount(_bin_numbers(chunk), minlength=BINS)
     return counts

@@ -23,7 +23,7 @@ class Measuring(Protocol):
 
 _WATCHES: WeakValueDictionary[int, Measuring] = WeakValueDictionary()
 # The only thing an operator of this kind changes, or the compiler would drop it and might reorder two of them.
-_TOKEN = torch.zeros(1)
+_TOKEN = torch.zeros(1, device="cpu")
 
 compiling: Callable[[], bool] = torch.compiler.is_compiling
 

@@ -120,7 +120,7 @@ class RunningHistory(History):
             [unknown if value is None else value for value in (row.drift, row.noise, row.dead_share, row.spoiled_steps)]
             for row in snapshot.rows
         ]
-        readings_by_field = torch.tensor(readings, dtype=torch.float64).reshape(-1, len(self._fields)).mT
+        readings_by_field = torch.tensor(readings, dtype=torch.float64, device="cpu").reshape(-1, len(self._fields)).mT
         self._append(step, [row.layer for row in snapshot.rows], readings_by_field)
 
     def values(self, stat: str) -> Tensor:
@@ -144,7 +144,7 @@ class RunningHistory(History):
 
     @staticmethod
     def _nothing(layers: int, columns: int) -> Tensor:
-        return torch.full((len(RunningHistory._fields), layers, columns), torch.nan, dtype=torch.float64)
+        return torch.full((len(RunningHistory._fields), layers, columns), torch.nan, dtype=torch.float64, device="cpu")
 
     @staticmethod
     def _merged(parts: Tensor) -> Tensor:
@@ -156,5 +156,5 @@ def _readings(blocks: list[Tensor]) -> Tensor:
     together = torch.cat(blocks, dim=1).double()
     whole = pool_groups(together, widths)
     dead = add_groups(ChannelStatistics.of(together).dead.double(), widths)
-    share = dead / torch.tensor(widths).clamp(min=1)
+    share = dead / torch.tensor(widths, device="cpu").clamp(min=1)
     return torch.cat([whole, (share * whole[Row.COUNT])[None]])

@@ -19,7 +19,7 @@ def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
     if tensor.device.type != "cuda":
         host = tensor.detach().to("cpu", copy=True)
         return lambda: host
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     pinned.copy_(tensor.detach(), non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(tensor.device))

@@ -75,8 +75,8 @@ def channel_map(snapshot: "ActivationSnapshot", stat: str) -> "Figure":
     title, style = _style(stat, _OF_CHANNELS)
     if not any(block.numel() for block in snapshot.blocks.values()):
         raise BatchNormError(f"there is nothing to draw: none of the {len(snapshot.blocks)} watched layers has values.")
-    position = torch.linspace(0, 1, _PERCENTILES, dtype=torch.float64)
-    rows = torch.full((len(snapshot.blocks), _PERCENTILES), torch.nan, dtype=torch.float64)
+    position = torch.linspace(0, 1, _PERCENTILES, dtype=torch.float64, device="cpu")
+    rows = torch.full((len(snapshot.blocks), _PERCENTILES), torch.nan, dtype=torch.float64, device="cpu")
     for row, name in zip(rows, snapshot.blocks, strict=True):
         channels = snapshot.channels(name)
         values = getattr(channels, stat)

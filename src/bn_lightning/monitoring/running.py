@@ -71,7 +71,7 @@ class RunningStatisticsWatch:
         self._views = [[*rows[0].split(self._widths), *rows[1].split(self._widths)] for rows in self._flat]
         self._counts = torch.zeros(2, len(self._widths), dtype=torch.int64, device=self._device)
         self._momenta: list[float | None] = []
-        self._momentum = torch.empty(0)
+        self._momentum = torch.empty(0, device=self._device)
         self._recent = torch.zeros(_RECENT, 3, len(self._widths), dtype=self._wide, device=self._device)
         self._steps: list[int] = []
         self._ended = 0

@@ -59,8 +59,9 @@ def rescaled_gradients(values: Tensor, layout: Layout, scale: Tensor) -> Tensor:
         ``values`` and result: (7, total channels). ``scale``: one value.
     """
     inverse = scale.to(values).reciprocal().reshape(())
-    widths = torch.tensor([width for _, width in layout])
-    gradients = torch.tensor([is_gradient(name) for name, _ in layout]).repeat_interleave(widths)
+    widths = torch.tensor([width for _, width in layout], device="cpu")
+    ours = torch.tensor([is_gradient(name) for name, _ in layout], device="cpu")
+    gradients = ours.repeat_interleave(widths)
     factor = torch.where(gradients.to(values.device, non_blocking=True), inverse, 1.0)
     scaled = values.clone()
     for row in (Row.MEAN, Row.MIN, Row.MAX):  # one by one: a list of rows would be copied to the device, waiting for it

@@ -53,7 +53,7 @@ class ActivationSnapshot:
     def rows(self) -> Mapping[str, LayerStatistics]:
         """The layers' pooled statistics by name."""
         widths = [block.shape[1] for block in self.blocks.values()]
-        together = torch.cat(list(self.blocks.values()), dim=1) if widths else torch.empty(len(Row), 0)
+        together = torch.cat(list(self.blocks.values()), dim=1) if widths else torch.empty(len(Row), 0, device="cpu")
         reasons = [self.reasons.get(name, "") for name in self.blocks]
         limits = [self.limits.get(name, math.nan) for name in self.blocks]
         return dict(zip(self.blocks, LayerStatistics.of_layers(together, widths, reasons, limits), strict=True))

@@ -79,8 +79,8 @@ class LayerStatistics:
             whole.zero_fraction,
             whole.nonfinite,
             dead,
-            torch.tensor(widths, dtype=torch.int64),
-            largest / torch.tensor(limits, dtype=torch.float64),
+            torch.tensor(widths, dtype=torch.int64, device="cpu"),
+            largest / torch.tensor(limits, dtype=torch.float64, device="cpu"),
         )
         return [cls(*row) for row in zip(*(column.tolist() for column in columns), reasons, strict=True)]
 
