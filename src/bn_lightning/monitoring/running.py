@@ -1,7 +1,7 @@
 """Watch what BatchNorm layers compute anyway: no hook, no pass over data."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from bn_lightning.monitoring.running_snapshot import (
     RunningChannels,
     RunningRow,
     RunningSnapshot,
-    describe_layer,
+    describe_layers,
 )
 
 __all__ = ["RunningStatisticsWatch"]
@@ -101,8 +101,8 @@ class RunningStatisticsWatch:
         self._copy(1)
         before, after = self._flat[0].to(self._wide), self._flat[1].to(self._wide)
         updates = self._counts[1] - self._counts[0]
-        weight = update_weight(self._momenta_now(), updates[self._owner], self._counts[1][self._owner])
-        value, resolution = recover_batch_statistics(before, after, weight, updates[self._owner], eps=self._eps)
+        weight = self._spread(update_weight(self._momenta_now(), updates, self._counts[1]))
+        value, resolution = recover_batch_statistics(before, after, weight, self._spread(updates), eps=self._eps)
         self._add(value, resolution)
         bad = self._by_layer((~after.isfinite()).any(0))
         self._first_bad = torch.where((bad > 0) & (self._first_bad < 0), step, self._first_bad)
@@ -147,26 +147,25 @@ class RunningStatisticsWatch:
     def _snapshot(
         self, columns: Tensor, layers: Tensor, recent: Tensor, steps: list[int], ended: int
     ) -> RunningSnapshot:
-        channels = {
-            name: _channels(block) for name, block in zip(self._layers, columns.split(self._widths, dim=1), strict=True)
-        }
-        counted = dict(zip(self._layers, layers.mT.tolist(), strict=True))
+        whole = _channels(columns)
+        watched = list(self._layers)
+        found = describe_layers(watched, self._widths, whole, eps=[layer.eps for layer in self._layers.values()])
+        described = dict(zip(watched, zip(found, layers.mT.tolist(), strict=True), strict=True))
         rows = []
         for name in self._names:
             if name in self._reasons:
                 rows.append(RunningRow(name, self._widths_of_others[name], reason=self._reasons[name]))
                 continue
-            updates, spoiled, first_bad, restored, batches = counted[name]
-            layer = self._layers[name]
-            row = describe_layer(name, channels[name], eps=layer.eps, updates=updates / max(ended, 1))
+            row, (updates, spoiled, first_bad, restored, batches) = described[name]
             rows.append(
                 replace(
                     row,
+                    updates=updates / max(ended, 1),
                     spoiled_steps=int(spoiled),
                     first_spoiled=None if first_bad < 0 else int(first_bad),
                     restored=int(restored),
                     batches=int(batches),
-                    momentum=layer.momentum,
+                    momentum=self._layers[name].momentum,
                 )
             )
         past = {
@@ -176,6 +175,8 @@ class RunningStatisticsWatch:
             )
             for name, rows_of_layer in zip(self._layers, recent.permute(2, 0, 1).tolist(), strict=True)
         }
+        apart = zip(*(getattr(whole, field.name).split(self._widths) for field in fields(whole)), strict=True)
+        channels = {name: RunningChannels(*each) for name, each in zip(watched, apart, strict=True)}
         return RunningSnapshot(tuple(rows), steps[-1] if steps else None, past, channels)
 
     def _copy(self, place: int) -> None:
@@ -194,7 +195,7 @@ class RunningStatisticsWatch:
         if momenta != self._momenta:
             self._momenta = momenta
             values = [torch.nan if momentum is None else momentum for momentum in momenta]
-            self._momentum = torch.tensor(values, dtype=self._wide, device=self._device)[self._owner]
+            self._momentum = torch.tensor(values, dtype=self._wide, device=self._device)
         return self._momentum
 
     def _add(self, value: Tensor, resolution: Tensor) -> None:
@@ -211,7 +212,7 @@ class RunningStatisticsWatch:
 
     def _put_back(self, bad: Tensor) -> None:
         """Put the last finite statistics of layers back, and remember the present ones of the others."""
-        spoiled = bad[self._owner]
+        spoiled = self._spread(bad)
         torch.where(spoiled, self._flat[2], self._flat[1], out=self._flat[2])
         layers = self._layers.values()
         means, variances = ([_statistics(layer)[index] for layer in layers] for index in (0, 1))
@@ -235,6 +236,10 @@ class RunningStatisticsWatch:
         # Updates of each layer, and optimizer steps after which it was nonfinite.
         self._counted = torch.zeros(2, len(self._widths), dtype=torch.int64, device=self._device)
         self._read_until = self._ended
+
+    def _spread(self, layers: Tensor) -> Tensor:
+        """Give each channel its layer's value; of the ways to index, this one starts no threads for it."""
+        return layers.index_select(0, self._owner)
 
     def _by_layer(self, channels: Tensor) -> Tensor:
         """Add up channels, by layer."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from bn_lightning.errors import BatchNormError
+from bn_lightning.functional.grouped import add_groups
 from bn_lightning.reports.table import Table
 
-__all__ = ["RecentStep", "RunningChannels", "RunningRow", "RunningSnapshot", "describe_layer"]
+__all__ = ["RecentStep", "RunningChannels", "RunningRow", "RunningSnapshot", "describe_layers"]
 
 # A channel that less than one value in a thousand leaves above zero.
 _DEAD = 1e-3
@@ -198,45 +199,67 @@ class RunningSnapshot:
         return self.table()._repr_html_()
 
 
-def describe_layer(layer: str, channels: RunningChannels, *, eps: float, updates: float) -> RunningRow:
-    """Sum a layer's channels up; the fields that are counted on the device stay 0.
+def describe_layers(
+    layers: Sequence[str], widths: Sequence[int], channels: RunningChannels, *, eps: Sequence[float]
+) -> list[RunningRow]:
+    """Sum the channels of layers up, all at once; what is counted on the device stays 0.
 
     Args:
-        layer: Its name.
-        channels: Its channels.
-        eps: The layer's.
-        updates: An optimizer step, on average.
+        layers: Their names.
+        widths: How many channels each has.
+        channels: Those of all layers, side by side.
+        eps: Of each layer.
     """
-    sigma = (channels.running_var + eps).sqrt()
-    resolution = _rms(channels.mean_resolution / sigma)
-    drift = _rms((channels.batch_mean - channels.running_mean) / sigma)
-    ratio = ((channels.batch_var + eps) / (channels.running_var + eps)).log().mean().div(2).exp()
-    known = (channels.var_resolution < channels.batch_var).all()
+    widest = torch.tensor(widths, dtype=torch.int64, device="cpu")
+    epsilon = torch.tensor(eps, dtype=torch.float64, device="cpu").repeat_interleave(widest)
+
+    def mean(values: Tensor) -> list[float]:
+        means: list[float] = (add_groups(values.double(), widths) / widest).tolist()
+        return means
+
+    def rms(values: Tensor) -> list[float]:
+        return [math.sqrt(square) for square in mean(values.square())]
+
+    variance = channels.running_var + epsilon
+    sigma = variance.sqrt()
     active = torch.special.ndtr(channels.bias / channels.weight.abs())
     active = torch.where(channels.weight == 0, (channels.bias > 0).double(), active)
-    held = torch.stack([channels.running_mean, channels.running_var])
-    return RunningRow(
-        layer,
-        len(sigma),
-        updates=updates,
-        drift=_known(drift, resolution),
-        noise=_known(_rms(channels.batch_mean_std / sigma), resolution),
-        spread=_known(float(ratio), 0.0) if known else None,
-        resolution=_known(resolution, -1.0),
-        weight_rms=_rms(channels.weight),
-        bias_rms=_rms(channels.bias),
-        dead_share=float((active < _DEAD).double().mean()),
-        nonfinite=int((~held.isfinite()).sum()),
-        steps=int(channels.steps.max()),
+    held = channels.running_mean.isfinite().int() + channels.running_var.isfinite()
+    columns = zip(
+        layers,
+        widths,
+        rms((channels.batch_mean - channels.running_mean) / sigma),
+        rms(channels.batch_mean_std / sigma),
+        mean(((channels.batch_var + epsilon) / variance).log() / 2),
+        mean(channels.var_resolution < channels.batch_var),
+        rms(channels.mean_resolution / sigma),
+        rms(channels.weight),
+        rms(channels.bias),
+        mean(active < _DEAD),
+        mean(2 - held),
+        [int(steps.max()) for steps in channels.steps.split(list(widths))],
+        strict=True,
     )
+    return [
+        RunningRow(
+            layer,
+            width,
+            drift=_known(drift, resolution),
+            noise=_known(noise, resolution),
+            spread=_known(math.exp(spread), 0.0) if known == 1 else None,
+            resolution=_known(resolution, -1.0),
+            weight_rms=weight,
+            bias_rms=bias,
+            dead_share=dead,
+            nonfinite=round(lost * width),
+            steps=steps,
+        )
+        for layer, width, drift, noise, spread, known, resolution, weight, bias, dead, lost, steps in columns
+    ]
 
 
 def _times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
 
 
 def _known(value: float, resolution: float) -> float | None:
