@@ -150,7 +150,11 @@ def as_patterns(patterns: Iterable[str] | None, option: str) -> tuple[str, ...]:
         raise BatchNormError(
             f"{option}= takes a list of patterns, got the bare string {patterns!r}: write [{patterns!r}]."
         )
-    return tuple(patterns or ())
+    found = tuple(patterns) if isinstance(patterns, Iterable) else () if patterns is None else (patterns,)
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise BatchNormError(f"{option}= takes a list of patterns, which are strings, got {pattern!r}.")
+    return found
 
 
 def failing_layer(model: nn.Module, exception: BaseException) -> str | None:

@@ -92,6 +92,13 @@ def test_a_stop_comes_at_the_next_cadence(tmp_path, kind, rule, layer):
     assert trainer.global_step == 7  # read at step 5, logged at step 6
 
 
+def test_nonfinite_statistics_are_told_in_any_case(tmp_path):
+    for alerts in (False, ["drift"], ["drift", "nonfinite-statistics"]):
+        monitor = BatchNormMonitor(alerts=alerts, on_alert="log")
+        fit(tmp_path, monitor, Module(spoil_at=5))
+        assert [alert.rule for alert in monitor.alert_log] == ["nonfinite-statistics"]
+
+
 def test_no_alerts_if_none_are_wanted(tmp_path):
     monitor = ActivationMonitor(alerts=False)
     fit(tmp_path, monitor, Module(spoil_at=5))
@@ -131,6 +138,69 @@ def test_tensorboard_gets_alerts_and_the_worst_layers_as_text(tmp_path):
     assert texts["activations/worst/text_summary"].count("\n| ") >= 4  # a table
 
 
+class Dies(Module):
+    """Raises in the step after the one that spoiled it, or in that very step."""
+
+    def __init__(self, spoil_at, later):
+        super().__init__(spoil_at)
+        self.later = later
+
+    def training_step(self, batch, batch_idx):
+        if self.later and batch_idx > self.spoil_at:
+            raise KeyError("a fault of the user's own")
+        loss = super().training_step(batch, batch_idx)
+        if not self.later and batch_idx >= self.spoil_at:
+            raise KeyError("a fault of the user's own")
+        return loss
+
+
+@MONITORS
+@pytest.mark.parametrize("later", [False, True], ids=["in the step itself", "in the next"])
+def test_what_a_training_died_of_is_told(tmp_path, kind, rule, layer, later):
+    monitor = kind()
+    with (
+        pytest.warns(UserWarning, match=f"^{rule} in '{layer}'.*at optimizer step 5"),
+        pytest.raises(KeyError, match="a fault of the user's own"),
+    ):
+        fit(tmp_path, monitor, Dies(5, later), CSVLogger(tmp_path, name="", version="log"))
+    assert [(alert.rule, alert.step) for alert in monitor.alert_log] == [(rule, 5)]
+    folder = tmp_path / "log" / "figures" / monitor._kind
+    assert layer in (folder / "worst.md").read_text()
+    assert list((folder / "heatmap").glob("*.png"))
+
+
+@MONITORS
+def test_the_trainings_own_exception_is_the_one_that_is_seen(tmp_path, kind, rule, layer, monkeypatch):
+    monkeypatch.setattr(kind, "_finish", lambda self, trainer: 1 / 0)
+    with (
+        pytest.warns(UserWarning, match=f"{kind.__name__} could not log its last sample: division by zero"),
+        pytest.raises(KeyError, match="a fault of the user's own"),
+    ):
+        fit(tmp_path, kind(), Dies(5, later=True))
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"barebones": True}], ids=str)
+def test_who_asks_for_no_output_gets_no_file(tmp_path, options):
+    x = torch.randn(16, 4)
+    monitors = [ActivationMonitor(gradients=True), BatchNormMonitor()]
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[*monitors], default_root_dir=tmp_path, **options)
+    trainer.fit(Module(), DataLoader(TensorDataset(x), batch_size=8))
+    assert not list(tmp_path.iterdir())
+    assert all(monitor.history.steps for monitor in monitors)
+
+
+def test_gradients_have_their_file_and_table(tmp_path, capsys):
+    monitor = ActivationMonitor(gradients=True)
+    fit(tmp_path, monitor, Module())
+    lines = (tmp_path / "gradients-of-activations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(12))
+    assert "gradients: the 4 worst of 4 layers" in capsys.readouterr().out
+    without = ActivationMonitor()
+    fit(tmp_path, without, Module())
+    with pytest.raises(BatchNormError, match="gradients=True"):
+        without.figure("rms", gradients=True)
+
+
 @pytest.mark.parametrize("kind", [ActivationMonitor, BatchNormMonitor])
 def test_without_a_logger_the_history_is_a_file(tmp_path, kind):
     for name in ("", "-1"):  # a second fit does not write over it
@@ -159,6 +229,12 @@ def test_the_worst_layers_are_printed_at_the_end(tmp_path, kind, rule, layer, ca
         pytest.param(lambda: ActivationMonitor(alerts="nonfinite"), "list of names", id="a bare string"),
         pytest.param(lambda: ActivationMonitor(alerts=["vanishing-gradient"]), "gradients=True", id="no gradients"),
         pytest.param(lambda: ActivationMonitor(on_alert="raise"), "'warn', 'log', 'stop'", id="on_alert"),
+        pytest.param(lambda: ActivationMonitor(alerts=None), "list of names, got None", id="no alerts"),
+        pytest.param(lambda: BatchNormMonitor(alerts=["drfit"]), "did you mean 'drift'", id="misspelt"),
+        pytest.param(lambda: BatchNormMonitor(every_n_steps="5"), "every_n_steps .* whole number, got '5'", id="text"),
+        pytest.param(lambda: ActivationMonitor(first_steps=2.5), "first_steps .* whole number, got 2.5", id="fraction"),
+        pytest.param(lambda: ActivationMonitor(include=[1]), "include= .* strings, got 1", id="pattern"),
+        pytest.param(lambda: ActivationMonitor(exclude=3), "exclude= .* strings, got 3", id="patterns"),
     ],
 )
 def test_wrong_options_are_refused(make, words):

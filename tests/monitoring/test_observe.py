@@ -268,3 +268,16 @@ def test_table_lists_layers_in_order_of_execution_with_remarks_and_draws_figures
     assert activations.figure().get_axes()
     with pytest.raises(BatchNormError, match="kurtosis"):
         activations.figure("kurtosis")
+
+
+def test_of_several_tensors_the_first_is_measured_and_the_others_are_told():
+    class Two(nn.Module):
+        def forward(self, x):
+            return {"a": x, "b": x + torch.inf}
+
+    net = nn.Sequential(Two())
+    with bnl.observe_activations(net) as activations:
+        net(draw(4, 3))
+    row = activations.to_dict()["0"]
+    assert (row["count"], row["nonfinite"]) == (12, 0)
+    assert row["reason"] == "only the first tensor of its output is measured, 1 other not"

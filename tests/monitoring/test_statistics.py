@@ -131,11 +131,14 @@ def test_large_finite_values_do_not_overflow(measure, value, axis):
 
 
 @pytest.mark.parametrize("axis", [1, -1], ids="axis={}".format)
-def test_squares_beyond_float32_are_infinite_and_no_nan(measure, axis):
-    x = 1e34 * draw(64, 4, 32, 32)
-    statistics = ChannelStatistics.of(measure(x, channel_dim=axis))
-    np.testing.assert_allclose(statistics.mean, by_numpy(x, axis)["mean"], rtol=1e-3)
-    assert statistics.std.tolist() == [float("inf")] * len(statistics.std)
+@pytest.mark.parametrize("scale", [1e34, 1e21, 1e-17, 1e-25, 1e-36], ids="{:g}".format)
+def test_squares_that_float32_cannot_hold(measure, axis, scale):
+    x = scale * draw(64, 4, 32, 32)
+    statistics, expected = ChannelStatistics.of(measure(x, channel_dim=axis)), by_numpy(x, axis)
+    for name in ("mean", "std", "rms", "max"):
+        np.testing.assert_allclose(
+            getattr(statistics, name), expected[name], rtol=1e-4, atol=1e-5 * scale, err_msg=name
+        )
     assert statistics.nonfinite.sum() == 0
 
 
@@ -151,7 +154,7 @@ def test_a_compiled_network_takes_the_eager_statistics_into_its_graph():
     x = draw(200, 640)
     x[0, 0] = torch.nan
     found = torch.compile(activation_statistics, fullgraph=True, backend="eager")(x)
-    torch.testing.assert_close(found, activation_statistics(x), equal_nan=True)
+    torch.testing.assert_close(found, activation_statistics(x), rtol=1e-5, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("sizes", [[70], [1, 69], [2, 4, 64], [0, 70, 0]], ids=str)

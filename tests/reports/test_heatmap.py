@@ -267,3 +267,11 @@ def test_png_has_the_usual_permissions(tmp_path, umask):
 def test_pyplot_stays_out_of_it():
     draw([[1.0, 2.0]])
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_what_is_too_small_for_a_logarithmic_scale_is_not_shown_as_zero():
+    pixels = figure_image(heat_map([[1e-20, 0.0, 1.0]], ["a"], [0, 1, 2], title="t", scale="log"))
+    row = pixels[pixels.shape[0] - 60]
+    colours = [tuple(row[position]) for position in range(0, len(row), 7)]
+    assert (68, 1, 84) in colours, "the lowest colour"
+    assert (0, 0, 0) in colours, "zero"

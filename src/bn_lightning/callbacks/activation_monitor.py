@@ -144,6 +144,8 @@ class ActivationMonitor(Monitor):
         Raises:
             BatchNormError: If there is no such statistic, or nothing was sampled yet.
         """
+        if gradients and not self.gradients:
+            raise BatchNormError("gradients are not measured: ActivationMonitor(gradients=True) does.")
         self._look()
         return (self.gradient_history if gradients else self.history).figure(stat)
 
@@ -184,17 +186,9 @@ class ActivationMonitor(Monitor):
 
     @override
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._watch.sampling = False
-        if self._sampled_step is not None:
-            self._flush(trainer)
-        self._log(trainer)
+        self._finish(trainer)
         if isinstance(self._watch.statistics, FusedStatistics) and self._watch.statistics.reason:
             rank_zero_info(f"ActivationMonitor took the eager way: {self._watch.statistics.reason}.")
-
-    @override
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        self._watch.remove()
-        super().on_fit_end(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -203,6 +197,7 @@ class ActivationMonitor(Monitor):
     @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._watch.remove()
+        super().on_exception(trainer, pl_module, exception)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -227,6 +222,14 @@ class ActivationMonitor(Monitor):
         """Forget the run before."""
         self.snapshot: ActivationSnapshot | None = None
         self.history, self.gradient_history = ActivationHistory(), ActivationHistory()
+
+    @override
+    def _finish(self, trainer: Any) -> None:
+        self._watch.sampling = False
+        # Among other processes, one without a call takes part all the same.
+        if self._sampled_step is not None and (self._watch.has_calls or not alone()):
+            self._flush(trainer)
+        self._log(trainer)
 
     def _flush(self, trainer: Any) -> None:
         """Log the sample before, and start to read this one."""
@@ -261,9 +264,23 @@ class ActivationMonitor(Monitor):
                 log_text(trainer, "activations/before", self._recent.table(alert.layer).to_markdown(), snapshot.step)
 
     @override
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self._watch.remove()
+        super().on_fit_end(trainer, pl_module)
+        if self._published and trainer.is_global_zero and (gradients := self._newest().gradients) is not None:
+            worst_layers(gradients).print()
+
+    @override
     def _draw(self, trainer: Any, step: int) -> None:
         super()._draw(trainer, step)
-        for layer, counts in self._newest().histograms.items():
+        if trainer.fast_dev_run or trainer.barebones:
+            return
+        newest = self._newest()
+        if newest.gradients is not None:
+            log_text(trainer, "gradients/worst", worst_layers(newest.gradients).to_markdown(), step)
+            if self._file is not None:
+                self.gradient_history.write_jsonl(self._file.with_name(f"gradients-of-{self._file.name}"))
+        for layer, counts in newest.histograms.items():
             log_histogram(trainer, f"activations/histogram/{layer}", raw_histogram(counts).arguments(), step)
 
     @override

@@ -72,7 +72,7 @@ class BatchNormMonitor(Monitor):
     """
 
     _kind = "bn"
-    _alerts = ("drift",)
+    _alerts = ("drift", _NONFINITE)
     history: RunningHistory
 
     def __init__(
@@ -96,7 +96,7 @@ class BatchNormMonitor(Monitor):
         self._watch: RunningStatisticsWatch | None = None
         self._open_step: int | None = None
         self._reading: Callable[[], RunningSnapshot] | None = None
-        self._nonfinite = AlertRules([_NONFINITE])
+        self._unlogged: RunningSnapshot | None = None
 
     def table(self) -> Table:
         """Return the newest reading, one row a layer.
@@ -104,8 +104,9 @@ class BatchNormMonitor(Monitor):
         Raises:
             BatchNormError: If nothing was read yet.
         """
+        self._collect()
         if self.snapshot is None:
-            raise BatchNormError("nothing was read yet: fit for at least two logged optimizer steps, or to the end.")
+            raise BatchNormError("nothing was read yet: fit for at least one logged optimizer step.")
         return self.snapshot.table()
 
     def figure(self, stat: str = "drift") -> "Figure":
@@ -114,6 +115,7 @@ class BatchNormMonitor(Monitor):
         Raises:
             BatchNormError: If there is no such statistic, or nothing was read yet.
         """
+        self._collect()
         return self.history.figure(stat)
 
     @override
@@ -121,8 +123,7 @@ class BatchNormMonitor(Monitor):
         super().on_fit_start(trainer, pl_module)
         layers = require_batch_norms(pl_module, self.include, self.exclude)
         self._watch = RunningStatisticsWatch(layers, restore=self.on_nonfinite == "restore")
-        self._open_step, self._reading = None, None
-        self._nonfinite = AlertRules([_NONFINITE])
+        self._open_step, self._reading, self._unlogged = None, None, None
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -151,20 +152,31 @@ class BatchNormMonitor(Monitor):
 
     @override
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._close_step()
-        self._log(trainer)
-        assert self._watch is not None
-        if self._watch.has_steps:
-            self._reading = self._watch.start_reading()
-            self._log(trainer)
+        self._finish(trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        self._collect()
         return {"history": self.history.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load_state_dict(state_dict["history"])
+
+    @override
+    def _new_rules(self) -> AlertRules:
+        super()._new_rules()  # refuses wrong names
+        if isinstance(self.alerts, bool):
+            return AlertRules(self._alerts if self.alerts else [_NONFINITE])
+        return AlertRules([*self.alerts, _NONFINITE])
+
+    @override
+    def _finish(self, trainer: Any) -> None:
+        self._close_step()
+        self._log(trainer)
+        if self._watch is not None and self._watch.has_steps:
+            self._reading = self._watch.start_reading()
+            self._log(trainer)
 
     def _close_step(self) -> None:
         if self._open_step is not None:
@@ -174,17 +186,24 @@ class BatchNormMonitor(Monitor):
 
     def _log(self, trainer: Any) -> None:
         """Log the reading that was started at the time before."""
-        if self._reading is None:
+        self._collect()
+        snapshot, self._unlogged = self._unlogged, None
+        if snapshot is None or snapshot.step is None:
             return
-        self.snapshot, self._reading = self._reading(), None
-        snapshot = self.snapshot
-        assert snapshot.step is not None
-        self.history.append(snapshot.step, snapshot)
-        spoiled, alerts = self._nonfinite.of_running(snapshot), self._rules.of_running(snapshot)
-        if spoiled and self.on_nonfinite == "raise":
-            self.alert_log += spoiled
-            raise BatchNormError(spoiled[0].message)
-        self._publish(trainer, snapshot.step, _scalars(snapshot), [*spoiled, *alerts])
+        alerts = self._rules.of_running(snapshot)
+        for alert in alerts if self.on_nonfinite == "raise" else ():
+            if alert.rule == _NONFINITE:
+                self.alert_log += alerts
+                raise BatchNormError(alert.message)
+        self._publish(trainer, snapshot.step, _scalars(snapshot), alerts)
+
+    def _collect(self) -> None:
+        """Take in the reading that was started."""
+        if self._reading is not None:
+            self.snapshot = self._unlogged = snapshot = self._reading()
+            self._reading = None
+            assert snapshot.step is not None
+            self.history.append(snapshot.step, snapshot)
 
     @override
     def _figures(self) -> Mapping[str, Callable[[], "Figure"]]:

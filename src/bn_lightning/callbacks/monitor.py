@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from bn_lightning.callbacks.base import BatchNormCallback
 from bn_lightning.callbacks.publishing import log_figure, log_scalars, log_text, unused_file
-from bn_lightning.errors import BatchNormError
+from bn_lightning.errors import BatchNormError, nearest
 from bn_lightning.monitoring import ActivationHistory, Alert, AlertRules, Cadence, GrowingInterval, RunningHistory
+from bn_lightning.monitoring.processes import alone
 from bn_lightning.reports.table import Table
 from bn_lightning.selection import as_patterns
 
@@ -53,6 +55,8 @@ class Monitor(BatchNormCallback):
         self.include = as_patterns(include, "include")
         self.exclude = as_patterns(exclude, "exclude")
         self.cadence = Cadence(every_n_steps, first_steps)
+        if not isinstance(alerts, bool | list | tuple | str):
+            raise BatchNormError(f"alerts must be True, False or a list of names, got {alerts!r}.")
         self.alerts, self.on_alert = alerts, on_alert
         self.alert_log: list[Alert] = []
         self._rules = self._new_rules()
@@ -81,13 +85,31 @@ class Monitor(BatchNormCallback):
 
     def _new_rules(self) -> AlertRules:
         """Return the chosen rules of this monitor's kind, with nothing seen yet."""
-        if not isinstance(self.alerts, bool):
-            AlertRules(self.alerts)  # refuses what is no rule at all
-            for name in self.alerts:
-                if name not in self._alerts:
-                    own = ", ".join(map(repr, self._alerts))
-                    raise BatchNormError(f"{name!r} is no alert of {type(self).__name__}, whose are {own}.")
-        return AlertRules(self._alerts if self.alerts is True else self.alerts)
+        if self.alerts is True:
+            return AlertRules(self._alerts)
+        for name in () if isinstance(self.alerts, bool | str) else self.alerts:
+            if name not in self._alerts:
+                own = ", ".join(map(repr, self._alerts))
+                raise BatchNormError(
+                    f"{name!r} is no alert of {type(self).__name__}{nearest(str(name), self._alerts)}; its are {own}."
+                )
+        return AlertRules(self.alerts)
+
+    @override
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Log what has been sampled, which may show what the training died of."""
+        if not alone():  # the others may never come
+            return
+        try:
+            self._finish(trainer)
+            if self._published and self.history.layers:
+                self._draw(trainer, self.history.last_step)
+        except Exception as error:  # the training's own exception is the one to be seen
+            warnings.warn(f"{type(self).__name__} could not log its last sample: {error}", stacklevel=2)
+
+    @abstractmethod
+    def _finish(self, trainer: Any) -> None:
+        """Log all that was sampled."""
 
     @abstractmethod
     def _figures(self) -> Mapping[str, Callable[[], "Figure"]]:
@@ -104,6 +126,7 @@ class Monitor(BatchNormCallback):
         self.alert_log += alerts
         if self.on_alert == "stop" and trainer.strategy.reduce_boolean_decision(bool(alerts), all=False):
             trainer.should_stop = True
+            rank_zero_info(f"{type(self).__name__} stops the training: {'; '.join(map(str, alerts)) or 'see its log'}")
         if not trainer.is_global_zero:
             return
         if alerts:
@@ -114,6 +137,8 @@ class Monitor(BatchNormCallback):
             self._draw(trainer, step)
 
     def _draw(self, trainer: Any, step: int) -> None:
+        if trainer.fast_dev_run or trainer.barebones:  # which ask for no output
+            return
         for tag, draw in self._figures().items():
             log_figure(trainer, tag, draw, step)
         log_text(trainer, f"{self._kind}/worst", self._worst().to_markdown(), step)

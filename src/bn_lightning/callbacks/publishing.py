@@ -61,7 +61,7 @@ def log_histogram(trainer: Any, tag: str, histogram: dict[str, Any], step: int) 
         step: The optimizer step.
     """
     for logger in trainer.loggers:
-        add = getattr(logger.experiment, "add_histogram_raw", None)
+        add = getattr(getattr(logger, "experiment", None), "add_histogram_raw", None)
         if callable(add):
             add(tag, **histogram, global_step=step)
 
@@ -91,8 +91,9 @@ def _takers(trainer: Any, of_experiment: str, of_logger: str) -> Iterator[tuple[
     """Go through what takes something, experiments, loggers and folders, with the way it takes it."""
     for logger in trainer.loggers:
         folder = getattr(logger, "log_dir", None)
-        if callable(getattr(logger.experiment, of_experiment, None)):
-            yield logger.experiment, of_experiment
+        experiment = getattr(logger, "experiment", None)  # no part of what a logger has to have
+        if callable(getattr(experiment, of_experiment, None)):
+            yield experiment, of_experiment
         elif callable(getattr(logger, of_logger, None)):
             yield logger, of_logger
         elif isinstance(folder, str):

@@ -15,6 +15,8 @@ __all__ = ["Row", "activation_statistics", "empty_statistics", "pool_statistics"
 _CHUNK = 1 << 19
 # Values of all channels together that a shift is taken from.
 _FIRST = 1 << 17
+# Below that, a float32 square has lost digits to the end of its range.
+_SMALL_SQUARE = 1e-31
 # Float32 adds ones exactly up to here.
 _EXACT = 1 << 24
 # Reductions along a last axis shorter than this are up to five times slower than along the first one.
@@ -57,8 +59,9 @@ def activation_statistics(x: Tensor, *, channel_dim: int = 1) -> Tensor:
     """Measure each channel of one activation, detached, in the rows of `Row`.
 
     Half precision is widened to float32 and integers to float64 before anything is added. Squares are taken about the
-    mean, so a large mean does not cancel; for float32 input they are float32, so deviations beyond 1e19 give an
-    infinite ``m2``.
+    mean, so a large mean does not cancel. For float32 input they are float32: on a CPU what is too large or too small
+    for that is measured again in float64; elsewhere deviations beyond 1e19 give an infinite ``m2``, and those below
+    1e-19 lose digits.
 
     Args:
         x: The activation: floating, integer or boolean, of any memory format. With fewer than two axes it is one
@@ -91,7 +94,7 @@ def activation_statistics(x: Tensor, *, channel_dim: int = 1) -> Tensor:
     sums = [part for chunk in values.split(rows) for part in _centred_sums(chunk, shift, scratch[: len(chunk)])]
     parts = torch.stack(sums).view(-1, 5, channels).to(wide)
     deviations, squares, zeros = parts[:, :3].sum(0)
-    return statistics_block(
+    block = statistics_block(
         outer * inner,
         shift,
         deviations,
@@ -101,6 +104,18 @@ def activation_statistics(x: Tensor, *, channel_dim: int = 1) -> Tensor:
         zeros,
         _nonfinite(values, rows, squares),
     )
+    return activation_statistics(x.double(), channel_dim=channel_dim) if squares_lost(values, block) else block
+
+
+def squares_lost(values: Tensor, block: Tensor) -> bool:
+    """Tell whether float32 cannot hold the squares that a block was made of: beyond 1e38, or too small for all digits.
+
+    On a CPU only, where a look at a value waits for nothing, and not in a compiled network, whose graph it would break.
+    """
+    if values.dtype != torch.float32 or values.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    small = (block[Row.M2] < block[Row.COUNT] * _SMALL_SQUARE) & (block[Row.MAX] > block[Row.MIN])
+    return bool(small.any()) or not math.isfinite(block[Row.M2].sum())
 
 
 def statistics_block(

@@ -14,6 +14,7 @@ from bn_lightning.functional.activation import (
     activation_statistics,
     outer_channel_inner,
     pool_statistics,
+    squares_lost,
     statistics_block,
 )
 from bn_lightning.functional.moments import accumulation_dtype
@@ -76,6 +77,8 @@ class FusedStatistics:
             self.reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             return activation_statistics(x, channel_dim=channel_dim)
         block = blocks[0] if len(blocks) == 1 else pool_statistics(torch.stack(blocks, dim=1))
+        if squares_lost(values, block):
+            return activation_statistics(x, channel_dim=channel_dim)
         return block if parts == 1 else pool_statistics(block.view(len(block), -1, parts).movedim(2, 1))
 
     def _run(self, kernel: _Kernel, piece: Tensor) -> Tensor:

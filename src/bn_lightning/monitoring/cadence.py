@@ -31,6 +31,9 @@ class Cadence:
     first_steps: int = 20
 
     def __post_init__(self) -> None:
+        for option, value in (("every_n_steps", self.every_n_steps), ("first_steps", self.first_steps)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise BatchNormError(f"{option} counts optimizer steps: expected a whole number, got {value!r}.")
         if self.every_n_steps < 1:
             raise BatchNormError(f"every_n_steps counts optimizer steps: expected at least 1, got {self.every_n_steps}")
         if self.first_steps < 0:

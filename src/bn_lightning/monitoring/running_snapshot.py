@@ -188,9 +188,10 @@ class RunningSnapshot:
         notes = (
             "drift: batch means against the running mean; noise: batch means from step to step; both in running σ",
             "spread: batch σ by running σ; γ, β: root mean squares; dead %: channels a ReLU behind would leave at zero",
-            "a dash: no update, or too small to tell from rounding",
+            "a dash: no update, too small to tell from rounding, or no noise in a single step",
         )
-        return Table(f"running statistics of {len(self.rows)} BatchNorm layers{at}", columns, rows, notes)
+        layers = "layer" if len(self.rows) == 1 else "layers"
+        return Table(f"running statistics of {len(self.rows)} BatchNorm {layers}{at}", columns, rows, notes)
 
     def __str__(self) -> str:
         return str(self.table())

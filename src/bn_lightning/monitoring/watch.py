@@ -16,6 +16,7 @@ from bn_lightning.monitoring.layers import unmeasurable, watchable_layers
 from bn_lightning.monitoring.processes import ProcessMerge
 from bn_lightning.monitoring.sample import SampleNotes, describe_sample, of_gradient, rescaled_gradients
 from bn_lightning.monitoring.snapshot import NOT_CALLED, ActivationSnapshot
+from bn_lightning.tracing.nested import iter_tensors
 
 __all__ = ["ActivationWatch"]
 
@@ -28,6 +29,7 @@ _COMPILED = (
 _SCRIPTED = "compiled by torch.jit, which takes no hooks: watch the network before torch.jit.script"
 _UNKNOWN_AXIS = "measured as one channel: which axis holds its channels is not known"
 _EVER_NEW_COUNTS = f"measured as one channel after {_MOST_CHANNEL_COUNTS} different channel counts"
+_FIRST_ONLY = "only the first tensor of its output is measured, {} other{} not"
 _NO_GRADIENT_IN_GRAPHS = "torch.compile lets no gradient out of its graphs"
 
 
@@ -81,6 +83,11 @@ class ActivationWatch:
         self._notes = SampleNotes()
         self._order: dict[str, None] = {}
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether a layer has run in this sample."""
+        return bool(self._notes.called)
+
     def install(self, model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> None:
         """Put a tap on each layer that `watchable_layers` picks; taps and samples of an earlier call go.
 
@@ -120,6 +127,8 @@ class ActivationWatch:
         if tensor is None or reason:
             self._notes.add(name, reason=reason)
             return
+        if tensor is not output and (others := _floating(output) - 1) > 0:
+            self._notes.reasons[name] = _FIRST_ONLY.format(others, "" if others == 1 else "s")
         axis = self._axis(name, layer, args, tensor)
         if not in_backward():  # where checkpointing computes again what was counted already
             self._add(name, tensor, axis)
@@ -236,6 +245,10 @@ class ActivationWatch:
             if known >= _MOST_CHANNEL_COUNTS:
                 axis, self._notes.reasons[name] = None, _EVER_NEW_COUNTS
         return axis
+
+
+def _floating(output: object) -> int:
+    return sum(tensor.is_floating_point() for tensor in iter_tensors(output))
 
 
 class _Tap:

@@ -37,6 +37,7 @@ def worst_layers(snapshot: ActivationSnapshot, most: int = 10) -> Table:
          ───────────────────────────────────────────────────────────────────────
           head    nan              –        0            –   1 nonfinite values
           relu      0              0      100            –   all zero
+        rms / median: by that of the median layer; of dtype %: the largest magnitude, of what the dtype can hold
         1 layer is not shown
     """
     measured = {name: row for name, row in snapshot.rows.items() if row.count}
@@ -45,7 +46,10 @@ def worst_layers(snapshot: ActivationSnapshot, most: int = 10) -> Table:
     # Sorting is stable: ties stay in order of execution.
     order = sorted(measured, key=lambda name: _activation_rank(measured[name], usual))
     rows = [(name, *_activation_cells(measured[name], usual)) for name in order[:most]]
-    notes = _not_shown(len(order) - len(rows), len(snapshot.rows) - len(measured))
+    notes = [
+        "rms / median: by that of the median layer; of dtype %: the largest magnitude, of what the dtype can hold",
+        *_not_shown(len(order) - len(rows), len(snapshot.rows) - len(measured)),
+    ]
     columns = ("layer", "rms", "rms / median", "dead %", "of dtype %", "remark")
     return Table(_title(snapshot.kind, len(rows), len(measured), snapshot.step), columns, rows, notes)
 
@@ -93,6 +97,8 @@ def _activation_rank(row: LayerStatistics, usual: float) -> tuple[int, float]:
         return 2, -row.saturation
     if row.count > 1 and row.std == 0:
         return 3, 0.0
+    if row.rms == math.inf:  # its square is more than can be added up
+        return 4, -math.inf
     return 4, -abs(math.log2(row.rms / usual)) if _has_size(row) else 0.0
 
 

@@ -153,7 +153,9 @@ def _paint(axes: "Axes", array: "ndarray[Any, Any]", norm: Any, scale: Scale) ->
     colours = colormaps[_COLOURS[scale]].with_extremes(bad=_MISSING, under=_ZERO, over=INFINITE)
     # Masked cells take the colour for missing ones; what is beyond the scale must not be masked, as a logarithm would.
     above, below = 2 * norm.vmax - norm.vmin, norm.vmin / 2
-    shown = np.where(np.isinf(array), above, np.where((scale == "log") & (array <= 0), below, array))
+    if scale == "log":  # what is too small for the scale is still not 0
+        array = np.where(array > 0, np.maximum(array, norm.vmin), np.where(np.isfinite(array), below, array))
+    shown = np.where(np.isinf(array), above, array)
     cells = np.ma.masked_invalid(shown)
     axes.imshow(cells, cmap=colours, norm=norm, aspect="auto", interpolation="nearest", resample=False)
 

@@ -74,10 +74,10 @@ class VanishingGradient(Symptom[ActivationSnapshot]):
     def describe(self, layer: str, value: float, sample: ActivationSnapshot) -> tuple[str, str]:
         """Say how little arrives."""
         norm = _norms(sample)[layer]
-        much = f"{10**-value:.1g} of" if math.isfinite(value) else "nothing of"
+        much = f"{10**-value:.3g} of" if math.isfinite(value) else "nothing of"
         return (
             f"the gradient that arrives at its output has norm {norm:.3g}, {much} the network's median, for "
-            f"{self.patience} samples in a row; {10**-self.begins:.1g} of it is the least expected",
+            f"{self.patience} samples in a row; {10**-self.begins:.3g} of it is the least expected",
             "The layers up to here do not learn: look for dead or saturated activations behind them, normalize, use "
             "skip connections, or initialize larger",
         )
