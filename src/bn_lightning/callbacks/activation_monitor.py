@@ -72,6 +72,8 @@ class ActivationMonitor(Monitor):
     ``nonfinite`` (with the last 20 samples of the first such layer), ``dead``, ``saturation``, ``scale-jump`` and, of
     gradients, ``nonfinite-gradient``, ``vanishing-gradient``, ``exploding-gradient``.
 
+    Two of them, for different layers, keep apart what they know, but write the same summary tags, pictures and texts.
+
     Gradients are those of the loss as it is given back by ``training_step``, divided by the number of micro-batches
     where they are accumulated; what ``precision="16-mixed"`` multiplies it by is taken out.
 
