@@ -100,6 +100,7 @@ def test_switched_off(fresh):
     with torch._dynamo.config.patch(disable=True):  # TORCH_COMPILE_DISABLE=1
         assert torch.equal(fresh(x), activation_statistics(x))
     assert "found no compiled frames" in fresh.reason
+    assert torch._dynamo.config.assume_static_by_default, "torch leaves it changed"
 
 
 def test_too_many_kernels(fresh, monkeypatch):

@@ -122,6 +122,29 @@ def test_the_number_of_layers_is_not_limited_by_recompilation():
     assert [row["count"] for row in activations.to_dict().values()] == [6] * 20
 
 
+def test_equal_blocks_share_their_graphs():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.act = nn.Linear(2, 2), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.layer(x))
+
+    blocks, graphs = nn.Sequential(*(Block() for _ in range(12))), Graphs("aot_eager")
+    watch = ActivationWatch()
+    watch.install(blocks)
+    for block in blocks:
+        block.compile(backend=graphs, fullgraph=True)  # beyond eight graphs that is an error
+    counts = []
+    for sampled in (True, False, True):
+        watch.sampling = sampled
+        blocks(draw(3, 2)).sum().backward()
+        counts.append([row["count"] for row in watch.flush().to_dict().values()])
+    assert counts == [[6] * 24, [0] * 24, [6] * 24]
+    assert graphs.number <= 6  # with and without taps, and the first block's input needs no gradient
+
+
 def test_what_cannot_be_told_inside_a_graph_has_its_reason():
     net = nn.Sequential(nn.Linear(3, 6), nn.ReLU())
     watch = ActivationWatch(gradients=True)

@@ -71,9 +71,13 @@ class FusedStatistics:
         if not parts:
             return activation_statistics(x, channel_dim=channel_dim)
         kernel, pieces = _pieces(values if parts == 1 else values.view(len(values), values.shape[1] * parts, -1))
+        import torch._dynamo.config as settings  # not before it is used: seconds
+
+        static = settings.assume_static_by_default
         try:
             blocks = [self._run(kernel, piece) for piece in pieces]
         except Exception as error:  # whatever the compiler raises, training goes on
+            settings.assume_static_by_default = static  # left changed where torch.compile(dynamic=True) raises
             self.reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             return activation_statistics(x, channel_dim=channel_dim)
         block = blocks[0] if len(blocks) == 1 else pool_statistics(torch.stack(blocks, dim=1))

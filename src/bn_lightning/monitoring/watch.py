@@ -11,7 +11,7 @@ from bn_lightning.functional.log_histogram import BINS, log2_histogram
 from bn_lightning.internals import in_backward, is_compiled, never_compiled
 from bn_lightning.monitoring.buffer import StatisticsBuffer
 from bn_lightning.monitoring.channels import ChannelAxes, find_tensor
-from bn_lightning.monitoring.compiled import compiling, record_in_graph, register_watch
+from bn_lightning.monitoring.compiled import CompiledTap, compiling, record_in_graph
 from bn_lightning.monitoring.layers import unmeasurable, watchable_layers
 from bn_lightning.monitoring.processes import ProcessMerge
 from bn_lightning.monitoring.sample import SampleNotes, describe_sample, of_gradient, rescaled_gradients
@@ -71,7 +71,6 @@ class ActivationWatch:
         self.gradients = gradients
         self.histograms = histograms
         self.statistics = statistics
-        self.number = register_watch(self)
         self._buffer = StatisticsBuffer()
         self._counts: Tensor | None = None
         self._processes = ProcessMerge()
@@ -254,18 +253,20 @@ def _floating(output: object) -> int:
 class _Tap:
     """A forward hook that costs one attribute look-up while nothing is sampled."""
 
-    __slots__ = ("_name", "_watch")
+    __slots__ = ("_compiled", "_key", "_name", "_watch")
 
     def __init__(self, watch: ActivationWatch, name: str) -> None:
         self._watch = watch
         self._name = name
+        self._compiled = CompiledTap(watch, name)
+        self._key = self._compiled.key
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if self._watch.sampling:
             if not compiling():
                 self._watch.measure(self._name, module, args, output)
             elif (tensor := find_tensor(output)) is not None:
-                record_in_graph(self._watch.number, self._name, tensor)
+                record_in_graph(self._key, tensor)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # A copy of the network, such as an average of its weights, is not what is being watched.
