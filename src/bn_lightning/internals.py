@@ -27,6 +27,7 @@ __all__ = [
     "gradient_scale",
     "hooks_on",
     "in_backward",
+    "in_transform",
     "is_compiled",
     "logging_step",
     "never_compiled",
@@ -79,6 +80,12 @@ def in_backward() -> bool:
     """Tell whether a backward pass runs, as where activation checkpointing recomputes (``_current_graph_task_id``)."""
     current = getattr(torch._C, "_current_graph_task_id", None)
     return current is not None and current() != -1
+
+
+def in_transform(tensor: Tensor) -> bool:
+    """Tell whether a tensor is inside ``torch.func``'s grad, jvp or vmap (``is_functorch_wrapped_tensor``)."""
+    known = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+    return known is not None and bool(known(tensor))
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ __all__ = [
     "failing_layer",
     "is_selected",
     "named_batch_norms",
+    "plain_name",
     "require_batch_norms",
     "select_modules",
     "unwrap",
@@ -75,13 +76,27 @@ def select_modules(
     candidates = {name: module for name, module in model.named_modules() if where(module)}
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in candidates):
+            if not any(_matches(name, pattern) for name in candidates):
                 known = ", ".join(repr(name) for name in list(candidates)[:5]) or "none at all"
                 raise BatchNormError(
                     f"{option} pattern {pattern!r} matches none of the {len(candidates)} candidate layers; "
                     f"their names begin with {known}. Patterns are fnmatch patterns on qualified names."
                 )
     return {name: module for name, module in candidates.items() if is_selected(name, include, exclude)}
+
+
+def plain_name(name: str) -> str:
+    """Return a name as it was before ``torch.compile`` wrapped a module that it leads through.
+
+    Example:
+        >>> plain_name("backbone._orig_mod.0")
+        'backbone.0'
+    """
+    return name.replace("_orig_mod.", "")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(plain_name(name), pattern)
 
 
 def is_selected(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
@@ -92,8 +107,8 @@ def is_selected(name: str, include: Iterable[str], exclude: Iterable[str]) -> bo
         True
     """
     include = tuple(include)
-    wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
-    return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    wanted = not include or any(_matches(name, pattern) for pattern in include)
+    return wanted and not any(_matches(name, pattern) for pattern in exclude)
 
 
 def named_batch_norms(

@@ -220,3 +220,99 @@ class DefaultDevice(pl.Callback):
 
     def on_exception(self, trainer, pl_module, exception):
         torch.set_default_device(None)
+
+
+class SubmoduleCompiled(Module):
+    def configure_model(self):
+        if not hasattr(self.body, "_orig_mod"):
+            self.body = torch.compile(self.body, backend="aot_eager")
+
+    def on_train_batch_start(self, batch, batch_idx): ...
+
+
+def test_names_are_those_without_torch_compile(tmp_path):
+    activations = ActivationMonitor(include=["body.0", "body.1"])
+    running = BatchNormMonitor(include=["body.1"])
+    pl.seed_everything(0, verbose=False)
+    module = SubmoduleCompiled()
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[activations, running],
+    )
+    trainer.fit(module, loader(), loader(1))
+    assert activations.history.layers == ["body.0", "body.1"]
+    assert activations.history.values("count").tolist() == [[48.0] * 6] * 2
+    assert [row.layer for row in running.snapshot.rows] == ["body.1"]
+
+
+class EndsItsEpochs(Module):
+    """Ends each epoch with its third batch, and runs itself at the end of it."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 2 else None
+
+    def on_train_epoch_end(self):
+        self(torch.full((1000, 4), 1e6))
+
+
+def test_an_epoch_that_a_hook_ends_leaves_no_tap_measuring(tmp_path):
+    activations, running = ActivationMonitor(), BatchNormMonitor()
+    fit(tmp_path, EndsItsEpochs(), activations, running, max_epochs=2)
+    assert activations.history.values("max").max() < 1e5
+    assert activations.history.values("count")[0].sum() == 4 * 48
+
+
+class RunsNothingAtLast(Module):
+    """Its last step runs nothing."""
+
+    def on_train_batch_start(self, batch, batch_idx): ...
+
+    def on_train_batch_end(self, outputs, batch, batch_idx): ...
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == STEPS - 1 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`.*")
+def test_a_last_sample_of_nothing_is_no_error(tmp_path):
+    activations, running = ActivationMonitor(gradients=True), BatchNormMonitor()
+    logger = CSVLogger(tmp_path, name="", version="log")
+    fit(tmp_path, RunsNothingAtLast(), activations, running, logger=logger)
+    assert (tmp_path / "log" / "figures" / "activations" / "heatmap" / "std.png").exists()
+
+
+class Differentiates(Module):
+    """Per-sample gradients by torch.func in every step, and a penalty on the gradient by the input."""
+
+    def on_train_batch_start(self, batch, batch_idx): ...
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].requires_grad_()
+        parameters = dict(self.head.named_parameters())
+
+        def loss(parameters, row):
+            return torch.func.functional_call(self.head, parameters, (row,)).square().sum()
+
+        hidden = self.body(x)
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, hidden.detach())
+        (slope,) = torch.autograd.grad(self.head(hidden).sum(), x, create_graph=True)
+        return slope.square().mean() + 0 * each["weight"].mean()
+
+
+def test_torch_func_and_double_backward_train_on_and_are_told(tmp_path):
+    found = []
+    for callbacks in ((), monitors()):
+        module = Differentiates()
+        fit(tmp_path, module, *callbacks, limit_val_batches=0)
+        found.append([*module.losses, *module.state_dict().values()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    activations = callbacks[0]
+    assert "torch.func" in activations.snapshot.rows["head"].reason
+    rows = activations.snapshot.gradients.rows
+    assert (rows["head"].count, rows["head"].reason) == (0, "gradients with create_graph=True are not counted")

@@ -296,3 +296,36 @@ def test_the_layer_spoiled_first_is_named():
     rows = (RunningRow("a", 4, nonfinite=1, first_spoiled=9), RunningRow("b", 4, nonfinite=1, first_spoiled=8))
     (alert,) = AlertRules().of_running(RunningSnapshot(rows, 10, {}, {}))
     assert alert.layer == "b"
+
+
+class Mask(nn.Module):
+    def forward(self, x):
+        return torch.zeros(x.shape, dtype=torch.bool)
+
+
+class ByMask(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.mask, self.norm, self.act = Mask(), norm, nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.norm(x.masked_fill(self.mask(x), 0.0)))
+
+
+@pytest.mark.parametrize(("bias", "expected"), [(0.0, []), (-9.0, ["act"])], ids=["alive", "dead"])
+def test_a_mask_and_a_scale_of_zero_are_not_dead(bias, expected):
+    zero = nn.BatchNorm1d(64)
+    net, watch, rules = ByMask(nn.BatchNorm1d(64)), ActivationWatch(), AlertRules(["dead", "scale-jump"])
+    nn.init.constant_(net.norm.bias, bias)
+    both = nn.ModuleDict({"net": net, "zero": zero})
+    nn.init.zeros_(zero.weight)
+    watch.install(both)
+    watch.sampling = True
+    told = []
+    for step in range(14):
+        if step == 8:  # as when a warm-up that begins at 0 goes on
+            nn.init.constant_(zero.weight, 1e-3)
+        x = torch.randn(200, 64, generator=torch.Generator().manual_seed(step))
+        net(x), zero(x)
+        told += rules.of_activations(watch.start_flush(step=step)())
+    assert [alert.layer.removeprefix("net.") for alert in told] == expected

@@ -75,7 +75,7 @@ def test_an_activation_has_the_channels_of_its_input(layers, shape, axis, length
     [
         pytest.param([], id="the network's input"),
         pytest.param([Call(lambda x: x.mT)], id="a layer that reorders the input"),
-        pytest.param([nn.Linear(4, 6), Call(lambda x: x.mT)], id="a layer that reorders known channels"),
+        pytest.param([nn.Linear(4, 6), Call(lambda x: x.mT.clone())], id="a layer that reorders known channels"),
         pytest.param(
             [nn.Unflatten(1, (5, 1)), nn.Conv2d(5, 6, 1), Call(lambda x: x.flatten(2).mT)], id="patches of a picture"
         ),
@@ -91,6 +91,22 @@ def test_three_axes_of_unknown_origin_are_one_channel_and_say_so(before):
     np.testing.assert_allclose([row["mean"], row["std"]], [output.mean(), output.std()], rtol=1e-6)
     assert "measured as one channel" in row["reason"]
     assert "measured as one channel" in str(activations.table()).splitlines()[-3]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "reorder", "axis"),
+    [
+        pytest.param(nn.Linear(4, 6), (16, 5, 4), lambda x: x.mT, 1, id="(N,L,C) to (N,C,L)"),
+        pytest.param(nn.Conv2d(4, 6, 1), (2, 4, 3, 5), lambda x: x.permute(0, 2, 3, 1), 3, id="(N,C,H,W) to (N,H,W,C)"),
+    ],
+)
+def test_a_view_with_other_axes_keeps_its_channels(layer, shape, reorder, axis):
+    net, x = nn.Sequential(layer, Call(reorder), nn.ReLU()), draw(*shape)
+    with bnl.observe_activations(net) as activations:
+        output = net(x).detach().double().numpy()
+    others = tuple(index for index in range(output.ndim) if index != axis)
+    np.testing.assert_allclose(activations.channels("2").mean, output.mean(others), rtol=1e-5)
+    assert activations.to_dict()["1"]["reason"] == activations.to_dict()["2"]["reason"] == ""
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5, 5), (4, 3, 2, 5, 5)], ids=str)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import bn_lightning as bnl
 from bn_lightning.errors import BatchNormError
@@ -281,3 +282,28 @@ def test_of_several_tensors_the_first_is_measured_and_the_others_are_told():
     row = activations.to_dict()["0"]
     assert (row["count"], row["nonfinite"]) == (12, 0)
     assert row["reason"] == "only the first tensor of its output is measured, 1 other not"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        pytest.param(lambda x: [].append, "no tensor", id="a method"),
+        pytest.param(lambda x: FakeTensorMode().from_tensor(x), "its output is a FakeTensor", id="fake"),
+        pytest.param(lambda x: endless([x]), "could not be measured: RecursionError", id="a list that holds itself"),
+    ],
+)
+def test_outputs_that_nobody_thought_of_are_rows_with_a_reason(make, reason):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return make(x)
+
+    with bnl.observe_activations(net := Odd()) as activations:
+        net(draw(2, 3))
+    (row,) = activations.to_dict().values()
+    assert row["count"] == 0
+    assert reason in row["reason"]
+
+
+def endless(items):
+    items.insert(0, items)
+    return items

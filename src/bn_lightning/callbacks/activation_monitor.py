@@ -1,5 +1,6 @@
 """Watch every layer's activations while Lightning trains."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,9 @@ class ActivationMonitor(Monitor):
     Two of them, for different layers, keep apart what they know, but write the same summary tags, pictures and texts.
 
     Gradients are those of the loss as it is given back by ``training_step``, divided by the number of micro-batches
-    where they are accumulated; what ``precision="16-mixed"`` multiplies it by is taken out.
+    where they are accumulated; what ``precision="16-mixed"`` multiplies it by is taken out. A backward pass with
+    ``create_graph=True`` is not counted, any other is. Only modules are seen: a ReLU that is called as a function has
+    no row and no alert.
 
     Args:
         include: ``fnmatch`` patterns on layer names, of which at least one has to match. By default every layer
@@ -161,7 +164,7 @@ class ActivationMonitor(Monitor):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         steps = expected_steps(trainer)
         samples = self.cadence.samples(steps)
-        if steps >= _LONG and samples >= _MANY:
+        if _LONG <= steps < math.inf and samples >= _MANY:  # a fit without an end may end soon
             self._watch.statistics = FusedStatistics()
             rank_zero_info(f"ActivationMonitor compiles its pass over activations, for some {samples:g} samples.")
         if logging_step(trainer) == 0:  # another run, not one resumed
@@ -185,6 +188,14 @@ class ActivationMonitor(Monitor):
         self._watch.sampling = False
         if ends_optimizer_step(trainer, batch_idx) and self._sampled_step is not None:
             self._flush(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._watch.sampling = False
+
+    @override
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._watch.sampling = False  # still on if on_train_batch_start has ended the epoch
 
     @override
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -294,7 +305,8 @@ class ActivationMonitor(Monitor):
         figures: dict[str, Callable[[], Figure]] = {}
         for kind, (history, newest) in histories.items():
             figures |= {f"{kind}/heatmap/{stat}": partial(history.figure, stat) for stat in _HEAT_MAPS[kind]}
-            figures[f"{kind}/profile"] = partial(depth_profile, newest)
+            if any(row.count for row in newest.rows.values()):
+                figures[f"{kind}/profile"] = partial(depth_profile, newest)
         return figures
 
     @override

@@ -13,7 +13,7 @@ from bn_lightning.internals import logging_step
 from bn_lightning.monitoring import AlertRules, RunningHistory, RunningSnapshot, RunningStatisticsWatch
 from bn_lightning.monitoring.worst import worst_batch_norms
 from bn_lightning.reports.table import Table
-from bn_lightning.selection import require_batch_norms
+from bn_lightning.selection import plain_name, require_batch_norms
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +23,7 @@ __all__ = ["BatchNormMonitor"]
 _ON_NONFINITE = ("warn", "restore", "raise")
 # Told in any case, unlike the other alerts.
 _NONFINITE = "nonfinite-statistics"
+_ELSEWHERE = "BatchNorm's running statistics are NaN or infinite in another process, whose message names the layer."
 _HEAT_MAPS = ("drift", "noise", "dead")
 
 
@@ -121,7 +122,8 @@ class BatchNormMonitor(Monitor):
     @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_fit_start(trainer, pl_module)
-        layers = require_batch_norms(pl_module, self.include, self.exclude)
+        found = require_batch_norms(pl_module, self.include, self.exclude)
+        layers = {plain_name(name): layer for name, layer in found.items()}
         self._watch = RunningStatisticsWatch(layers, restore=self.on_nonfinite == "restore")
         self._open_step, self._reading, self._unlogged = None, None, None
 
@@ -191,10 +193,12 @@ class BatchNormMonitor(Monitor):
         if snapshot is None or snapshot.step is None:
             return
         alerts = self._rules.of_running(snapshot)
-        for alert in alerts if self.on_nonfinite == "raise" else ():
-            if alert.rule == _NONFINITE:
+        if self.on_nonfinite == "raise":
+            spoiled = [alert.message for alert in alerts if alert.rule == _NONFINITE]
+            # All processes raise, or the others would wait for this one.
+            if trainer.strategy.reduce_boolean_decision(bool(spoiled), all=False):
                 self.alert_log += alerts
-                raise BatchNormError(alert.message)
+                raise BatchNormError(spoiled[0] if spoiled else _ELSEWHERE)
         self._publish(trainer, snapshot.step, _scalars(snapshot), alerts)
 
     def _collect(self) -> None:

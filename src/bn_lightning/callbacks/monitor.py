@@ -27,6 +27,8 @@ MOST_LAYERS_AS_SCALARS = 50
 
 _ON_ALERT = ("warn", "log", "stop")
 _FIRST_PICTURE = 100
+# Written again with each alert.
+_LAST_ALERTS = 20
 
 
 class Monitor(BatchNormCallback):
@@ -130,7 +132,7 @@ class Monitor(BatchNormCallback):
         if not trainer.is_global_zero:
             return
         if alerts:
-            log_text(trainer, f"{self._kind}/alerts", _alert_table(self.alert_log).to_markdown(), step)
+            log_text(trainer, f"{self._kind}/alerts", _alert_table(self.alert_log[-_LAST_ALERTS:]).to_markdown(), step)
         for alert in alerts if self.on_alert != "log" else ():
             warnings.warn(str(alert), stacklevel=2)
         if self.history.layers and self._redraw.is_due(step):
@@ -149,4 +151,4 @@ class Monitor(BatchNormCallback):
 
 def _alert_table(alerts: Sequence[Alert]) -> Table:
     rows = [(alert.step, alert.rule, alert.layer, alert.message) for alert in alerts]
-    return Table("alerts of this fit", ("step", "alert", "layer", "message"), rows)
+    return Table("the last alerts of this fit", ("step", "alert", "layer", "message"), rows)

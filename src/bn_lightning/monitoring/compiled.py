@@ -53,9 +53,7 @@ def record_in_graph(key: Tensor, output: Tensor) -> None:
 
 
 # Where graphs of CUDA kernels are recorded this one is left out: what Python does in it would be done once.
-@torch.library.custom_op(
-    "bn_lightning::record_activation", mutates_args=("token",), tags=(torch.Tag.cudagraph_unsafe,)
-)
+@torch.library.custom_op("bn_lightning::record_activation", mutates_args=("token",), tags=(torch.Tag.cudagraph_unsafe,))
 def _record(token: Tensor, output: Tensor, key: Tensor) -> None:
     tap = _TAPS.get(int(key))
     if tap is not None:

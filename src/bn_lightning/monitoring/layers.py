@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.errors import BatchNormError
-from bn_lightning.internals import DropoutBase, LossBase
-from bn_lightning.selection import as_patterns, select_modules, unwrap
+from bn_lightning.internals import DropoutBase, LossBase, in_transform
+from bn_lightning.selection import as_patterns, plain_name, select_modules, unwrap
 
 __all__ = ["largest_finite", "unmeasurable", "watchable_layers"]
 
@@ -44,7 +44,7 @@ def watchable_layers(
     """
     model = unwrap(model)
     include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude")
-    modules = dict(model.named_modules())
+    modules = {plain_name(name): module for name, module in model.named_modules()}
     asked = {id(modules[name]) for name in include if name in modules}
     # A parametrization computes a weight, not an activation.
     hidden = {id(module) for name, module in modules.items() if "parametrizations" in name.split(".")}
@@ -58,7 +58,7 @@ def watchable_layers(
     )
     if not layers and (include or exclude):
         raise BatchNormError(f"include= and exclude= leave no layer of {type(model).__name__} to watch.")
-    return {name or "(root)": module for name, module in layers.items()}
+    return {plain_name(name) or "(root)": module for name, module in layers.items()}
 
 
 def unmeasurable(tensor: Tensor) -> str:
@@ -68,6 +68,10 @@ def unmeasurable(tensor: Tensor) -> str:
         >>> unmeasurable(torch.zeros(1, dtype=torch.complex64))
         'its output is complex64'
     """
+    if in_transform(tensor):
+        return "it runs inside torch.func, whose values cannot be read from outside"
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"its output is a {type(tensor).__name__}, which computes in its own way"
     if tensor.device.type == "meta":
         return "its output has no values (device meta)"
     if tensor.layout != torch.strided or tensor.is_nested:

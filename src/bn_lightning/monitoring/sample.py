@@ -78,6 +78,7 @@ def describe_sample(
     *,
     untapped: Mapping[str, str],
     absence: str,
+    kinds: Mapping[str, str],
     gradients: bool,
     histograms: Mapping[str, Tensor],
     step: int | None,
@@ -91,6 +92,7 @@ def describe_sample(
         names: All layers, those that have run in order of execution; some may be named twice.
         untapped: Layer to why it cannot be watched.
         absence: Why a layer that did not run has not.
+        kinds: Layer to the name of its class.
         gradients: Whether gradients were measured.
         histograms: Layer to its counts.
         step: The optimizer step, if there is such a thing.
@@ -121,4 +123,4 @@ def describe_sample(
 
     found = snapshot({name: name for name in names}, "activations", absence)
     back = snapshot({name: of_gradient(name) for name in names}, "gradients", _NO_GRADIENT) if gradients else None
-    return replace(found, gradients=back, histograms=histograms)
+    return replace(found, gradients=back, histograms=histograms, kinds=kinds)

@@ -36,6 +36,7 @@ class ActivationSnapshot:
         step: Optimizer step of the sample; ``None`` where there is no such thing.
         limits: Layer to the largest finite value of its output's dtype, the smallest one if it had several.
         kind: What was measured: ``"activations"``, or ``"gradients"``, those that flow back into the outputs.
+        kinds: Layer to the name of its class, as far as known.
         gradients: The gradients of the same sample, if they were asked for.
         histograms: Layer to its values' counts, (512,) as in `log2_histogram`, if they were asked for.
     """
@@ -46,6 +47,7 @@ class ActivationSnapshot:
     step: int | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     kind: str = "activations"
+    kinds: Mapping[str, str] = field(default_factory=dict)
     gradients: "ActivationSnapshot | None" = None
     histograms: Mapping[str, Tensor] = field(default_factory=dict)
 

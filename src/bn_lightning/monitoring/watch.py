@@ -29,6 +29,7 @@ _COMPILED = (
 _SCRIPTED = "compiled by torch.jit, which takes no hooks: watch the network before torch.jit.script"
 _UNKNOWN_AXIS = "measured as one channel: which axis holds its channels is not known"
 _EVER_NEW_COUNTS = f"measured as one channel after {_MOST_CHANNEL_COUNTS} different channel counts"
+_CREATES_GRAPH = "gradients with create_graph=True are not counted"
 _FIRST_ONLY = "only the first tensor of its output is measured, {} other{} not"
 _NO_GRADIENT_IN_GRAPHS = "torch.compile lets no gradient out of its graphs"
 
@@ -121,6 +122,12 @@ class ActivationWatch:
     def measure(self, name: str, layer: nn.Module, args: object, output: object) -> None:
         """Add one output of a layer to the sample; an output that cannot be measured leaves its reason."""
         self._order.setdefault(name)
+        try:
+            self._measure(name, layer, args, output)
+        except Exception as error:  # an output that nobody thought of must not stop a training
+            self._notes.add(name, reason=f"it could not be measured: {type(error).__name__}: {error}")
+
+    def _measure(self, name: str, layer: nn.Module, args: object, output: object) -> None:
         tensor = find_tensor(output)
         reason = f"its output holds no tensor ({type(output).__name__})" if tensor is None else unmeasurable(tensor)
         if tensor is None or reason:
@@ -203,6 +210,7 @@ class ActivationWatch:
                 order,
                 untapped=self._untapped,
                 absence=self._absence,
+                kinds={name: type(layer).__name__ for name, layer in self._layers.items()},
                 gradients=self.gradients,
                 histograms=dict(zip(layers, counts.long(), strict=True)) if self.histograms else {},
                 step=step,
@@ -212,7 +220,9 @@ class ActivationWatch:
 
     @never_compiled
     def _measure_gradient(self, name: str, axis: int | None, gradient: Tensor) -> None:
-        if self.sampling and not unmeasurable(gradient):
+        if torch.is_grad_enabled():  # a gradient that is itself differentiated, as for a penalty, is not the loss's
+            self._notes.add(name, reason=_CREATES_GRAPH)
+        elif self.sampling and not unmeasurable(gradient):
             self._add(name, gradient, axis)
 
     def _add(self, name: str, tensor: Tensor, axis: int | None) -> None:

@@ -85,7 +85,7 @@ class DeadChannels(Symptom[ActivationSnapshot]):
         return {
             name: self._share(name, row.dead_channels / row.channels, sample)
             for name, row in sample.rows.items()
-            if row.count and row.channels and row.min >= 0
+            if row.count and row.channels and row.min >= 0 and _can_die(name, sample)
         }
 
     def describe(self, layer: str, value: float, sample: ActivationSnapshot) -> tuple[str, str]:
@@ -190,6 +190,10 @@ class ScaleJump(Symptom[ActivationSnapshot]):
             scale.known.append(value)
             return math.nan
         middle = median(scale.known)
+        if middle <= math.log2(_SMALLEST):  # what was constant before has no scale to jump from
+            scale.known.clear()
+            scale.known.append(value)
+            return math.nan
         noise = _SIGMA_BY_MAD * median(abs(other - middle) for other in scale.known)
         jump = abs(value - middle)
         if jump <= self.begins or jump <= _OUTLYING * noise:
@@ -202,6 +206,12 @@ class ScaleJump(Symptom[ActivationSnapshot]):
             scale.known.extend(scale.pending)
             scale.pending.clear()
         return jump
+
+
+def _can_die(layer: str, sample: ActivationSnapshot) -> bool:
+    """Tell whether zeros could mean dead units: not in integers, masks, and a normalization whose scale is 0 yet."""
+    floating = not math.isnan(sample.limits.get(layer, 0.0))
+    return floating and "Norm" not in sample.kinds.get(layer, "")
 
 
 def _times(doublings: float) -> str:
