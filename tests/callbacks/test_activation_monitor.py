@@ -1,6 +1,7 @@
 """ActivationMonitor under the Trainer: what it logs, what it leaves alone, and that it cleans up."""
 
 from functools import partial
+from itertools import count
 
 import lightning.pytorch as pl
 import numpy as np
@@ -146,7 +147,8 @@ def test_tensorboard_holds_one_readable_picture_a_statistic(tmp_path, events):
 
 def test_pictures_are_redrawn_as_the_run_grows(tmp_path, events, monkeypatch):
     monkeypatch.setattr("bn_lightning.callbacks.monitor._FIRST_PICTURE", 2)
-    clock = iter(range(0, 10_000, 61))  # another minute at each look
+    monkeypatch.setattr("bn_lightning.monitoring.cadence._WAIT_BY_COST", 0)
+    clock = count(0, 10_000)  # hours between two looks
     monkeypatch.setattr(
         "bn_lightning.callbacks.monitor.GrowingInterval", partial(GrowingInterval, clock=clock.__next__)
     )

@@ -241,3 +241,17 @@ def test_cadence_refuses_what_makes_no_sense(options):
 def test_pictures_are_drawn_ever_more_rarely():
     redraw = GrowingInterval(first=100, seconds=0)
     assert len([step for step in range(0, 1_000_000, 50) if redraw.is_due(step)]) == 23
+
+
+def test_pictures_wait_a_minute_and_what_they_cost():
+    now = [0.0]
+    redraw = GrowingInterval(first=1, clock=lambda: now[0])
+    drawn = []
+    for step in range(1, 2000):  # a step a second
+        now[0] = float(step)
+        if redraw.is_due(step):
+            drawn.append(step)
+            now[0] += 0.1 if step < 200 else 0.75
+            redraw.took()
+    # A minute after the first, half as many steps, and 500 times 0.75 s.
+    assert drawn == [1, 61, 121, 182, 273, 648, 1023, 1535]

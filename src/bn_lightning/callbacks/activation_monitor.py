@@ -66,8 +66,8 @@ class ActivationMonitor(Monitor):
     TensorBoard and W&B get all of it (W&B no histograms), a CSV logger the scalars, and pictures and texts as files
     in its folder. Without a logger there is ``activations.jsonl`` in the trainer's ``default_root_dir``, one line a
     column of the heat map. Pictures, texts and histograms are written when the number of steps has grown by half, from
-    step 100 on, at most once a minute, and at the end of the fit, where the worst layers are printed too. `table`
-    and `figure` show the same at any time.
+    step 100 on, at most once a minute and in a five-hundredth of the time, and at the end of the fit, where the worst
+    layers are printed too. `table` and `figure` show the same at any time.
 
     Alerts, each told once when it begins, with what to do; see `AlertRules` for when:
     ``nonfinite`` (with the last 20 samples of the first such layer), ``dead``, ``saturation``, ``scale-jump`` and, of

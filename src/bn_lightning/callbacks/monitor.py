@@ -137,6 +137,7 @@ class Monitor(BatchNormCallback):
             warnings.warn(str(alert), stacklevel=2)
         if self.history.layers and self._redraw.is_due(step):
             self._draw(trainer, step)
+            self._redraw.took()
 
     def _draw(self, trainer: Any, step: int) -> None:
         if trainer.fast_dev_run or trainer.barebones:  # which ask for no output

@@ -54,12 +54,16 @@ class Cadence:
         return first + (steps - first) / self.every_n_steps
 
 
+# So that it takes a five-hundredth of the time.
+_WAIT_BY_COST = 500
+
+
 class GrowingInterval:
     """Something dear, to be done again each time the step count has grown by half, but not too soon after the last.
 
     Args:
         first: The step of the first time.
-        seconds: How long to wait at least.
+        seconds: How long to wait at least; and 500 times as long as it took, as `took` is told.
         clock: What tells the time, in seconds.
 
     Example:
@@ -73,10 +77,15 @@ class GrowingInterval:
         self._next: float = first
         self._clock = clock
         self._last = -math.inf
+        self._took = 0.0
 
     def is_due(self, step: int) -> bool:
         """Tell whether to do it now; a yes counts as done."""
-        if step < self._next or self._clock() < self._last + self.seconds:
+        if step < self._next or self._clock() < self._last + max(self.seconds, _WAIT_BY_COST * self._took):
             return False
         self._next, self._last = 1.5 * step, self._clock()
         return True
+
+    def took(self) -> None:
+        """Tell that it has been done, since `is_due` said yes."""
+        self._took = self._clock() - self._last

@@ -184,7 +184,7 @@ class RunningStatisticsWatch:
         if not self._layers:
             return
         layers = self._layers.values()
-        means, variances = ([_statistics(layer)[index] for layer in layers] for index in (0, 1))
+        means, variances = zip(*map(_statistics, layers), strict=True)
         torch._foreach_copy_(self._views[place], [*means, *variances])
         if place < 2:
             counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
@@ -215,16 +215,17 @@ class RunningStatisticsWatch:
         spoiled = self._spread(bad)
         torch.where(spoiled, self._flat[2], self._flat[1], out=self._flat[2])
         layers = self._layers.values()
-        means, variances = ([_statistics(layer)[index] for layer in layers] for index in (0, 1))
+        means, variances = zip(*map(_statistics, layers), strict=True)
         torch._foreach_copy_([*means, *variances], self._views[2])
         self._restored += bad
 
     def _present(self) -> Tensor:
         """Stack what the layers hold now, (4, C): the running statistics, γ and β."""
         layers = self._layers.values()
+        statistics = list(map(_statistics, layers))
         held = [
-            [_statistics(layer)[0] for layer in layers],
-            [_statistics(layer)[1] for layer in layers],
+            [mean for mean, _ in statistics],
+            [variance for _, variance in statistics],
             [_or_constant(layer.weight, layer, 1.0) for layer in layers],
             [_or_constant(layer.bias, layer, 0.0) for layer in layers],
         ]
@@ -258,9 +259,10 @@ def _unwatchable(layer: nn.Module) -> str:
 
 
 def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean, layer.running_var
+    mean, variance = layer.running_mean, layer.running_var
+    assert mean is not None
+    assert variance is not None
+    return mean, variance
 
 
 def _or_constant(tensor: Tensor | None, layer: _BatchNorm, value: float) -> Tensor:
