@@ -307,3 +307,22 @@ def test_outputs_that_nobody_thought_of_are_rows_with_a_reason(make, reason):
 def endless(items):
     items.insert(0, items)
     return items
+
+
+def test_observing_gives_gradients_histograms_and_a_profile_too():
+    net, x = network(), draw(2, 3, 8, 8)
+    with bnl.observe_activations(net, gradients=True, histograms=True) as activations:
+        net(x).sum().backward()
+    names = list(activations.to_dict())
+    gradients = activations.gradients()
+    assert list(gradients.rows) == names
+    assert gradients.rows[names[-1]].mean == 1.0, "of a sum"
+    histograms = activations.snapshot().histograms
+    assert {name: int(histograms[name].sum()) for name in names} == {
+        name: row["count"] for name, row in activations.to_dict().items()
+    }
+    assert activations.profile().axes
+    with bnl.observe_activations(net) as without:
+        net(x)
+    with pytest.raises(BatchNormError, match=r"observe_activations\(…, gradients=True\) does"):
+        without.gradients()
