@@ -21,6 +21,7 @@ check: .venv/installed  ## lint, formatting, types
 
 bench: .venv/installed  ## what the README's table quotes
 	$(BIN)/python tests/benchmarks/watching.py
+	$(BIN)/python tests/benchmarks/monitors_run.py
 	$(BIN)/python tests/benchmarks/folding.py
 	$(BIN)/python tests/benchmarks/variants.py
 	$(BIN)/python tests/benchmarks/false_alarms.py
