@@ -143,20 +143,8 @@ def test_training_is_bitwise_unchanged(tmp_path, make, options, micro):
 
 
 def test_a_lightning_module_that_is_compiled_as_a_whole(tmp_path):
-    module, (activations, running) = Module(), monitors()
-    pl.seed_everything(0, verbose=False)
-    compiled = torch.compile(module, backend="aot_eager")
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=[activations, running],
-    )
-    trainer.fit(compiled, loader(), loader(1))
+    activations, running = monitors()
+    fit(tmp_path, torch.compile(Module(), backend="aot_eager"), activations, running)
     assert activations.history.values("count").tolist() == [[48.0] * 3, [48.0] * 3, [48.0] * 3, [24.0] * 3]
     assert running.snapshot.rows[0].updates == 1
 
@@ -233,19 +221,7 @@ class SubmoduleCompiled(Module):
 def test_names_are_those_without_torch_compile(tmp_path):
     activations = ActivationMonitor(include=["body.0", "body.1"])
     running = BatchNormMonitor(include=["body.1"])
-    pl.seed_everything(0, verbose=False)
-    module = SubmoduleCompiled()
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=[activations, running],
-    )
-    trainer.fit(module, loader(), loader(1))
+    fit(tmp_path, SubmoduleCompiled(), activations, running)
     assert activations.history.layers == ["body.0", "body.1"]
     assert activations.history.values("count").tolist() == [[48.0] * 6] * 2
     assert [row.layer for row in running.snapshot.rows] == ["body.1"]

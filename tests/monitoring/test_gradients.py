@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from bn_lightning.functional.activation import activation_statistics
 from bn_lightning.monitoring import ActivationWatch
 
 
@@ -110,3 +111,17 @@ def test_without_asking_there_are_none():
     watch = ActivationWatch()
     watch.install(network())
     assert watch.flush().gradients is None
+
+
+def test_what_cannot_be_measured_of_a_gradient_has_its_reason():
+    def fails(x, *, channel_dim=1):
+        if x.grad_fn is None:  # outputs have one
+            raise TypeError("never seen")
+        return activation_statistics(x, channel_dim=channel_dim)
+
+    net = nn.Sequential(nn.Linear(3, 2))
+    watch = watched(net, statistics=fails)
+    net(draw(4, 3)).sum().backward()
+    snapshot = watch.flush()
+    assert snapshot.rows["0"].count == 8
+    assert snapshot.gradients.rows["0"].reason == "it could not be measured: TypeError: never seen"

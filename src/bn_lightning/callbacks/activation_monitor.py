@@ -54,7 +54,7 @@ class ActivationMonitor(Monitor):
     ``activations/heatmap/<statistic>``      picture, layer × step: mean, std, zero_fraction, dead_fraction
     ``activations/profile``                  picture: mean ± std along the network
     ``activations/worst``                    text: the layers that are worth a look first
-    ``activations/alerts``                   text: every alert of the fit
+    ``activations/alerts``                   text: the last 20 alerts of the fit
     ``activations/before``                   text: a layer's last 20 samples, when it is the first with a nonfinite one
     ``activations/histogram/<layer>``        histogram of all values in powers of two (``histograms=True``)
     ``gradients/<layer>/rms``                root mean square of the loss's gradient by the layer's output, units of
@@ -280,14 +280,13 @@ class ActivationMonitor(Monitor):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self._watch.remove()
         super().on_fit_end(trainer, pl_module)
-        if self._published and trainer.is_global_zero and (gradients := self._newest().gradients) is not None:
+        shown = self._published and trainer.is_global_zero and not trainer.barebones
+        if shown and (gradients := self._newest().gradients) is not None:
             worst_layers(gradients).print()
 
     @override
     def _draw(self, trainer: Any, step: int) -> None:
         super()._draw(trainer, step)
-        if trainer.fast_dev_run or trainer.barebones:
-            return
         newest = self._newest()
         if newest.gradients is not None:
             log_text(trainer, "gradients/worst", worst_layers(newest.gradients).to_markdown(), step)

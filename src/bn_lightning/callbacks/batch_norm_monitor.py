@@ -46,7 +46,7 @@ class BatchNormMonitor(Monitor):
     ``bn/restored``        how often a layer's running statistics were put back in this fit (``"restore"`` only)
     ``bn/heatmap/…``       pictures, layer × step: drift, noise, dead
     ``bn/worst``           text: the layers that are worth a look first
-    ``bn/alerts``          text: every alert of the fit
+    ``bn/alerts``          text: the last 20 alerts of the fit
     =====================  =====================================================================================
 
     Where pictures and texts go, and when, is as in `ActivationMonitor`; without a logger there is ``bn.jsonl``.

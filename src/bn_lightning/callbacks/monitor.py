@@ -81,8 +81,8 @@ class Monitor(BatchNormCallback):
     @override
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         # Not if a checkpoint was resumed that had been trained to its end.
-        if self._published and trainer.is_global_zero and self.history.layers:
-            self._draw(trainer, self.history.last_step)
+        if self._published and trainer.is_global_zero and self.history.layers and not trainer.barebones:
+            self._show(trainer, self.history.last_step)
             self._worst().print()
 
     def _new_rules(self) -> AlertRules:
@@ -105,7 +105,7 @@ class Monitor(BatchNormCallback):
         try:
             self._finish(trainer)
             if self._published and self.history.layers:
-                self._draw(trainer, self.history.last_step)
+                self._show(trainer, self.history.last_step)
         except Exception as error:  # the training's own exception is the one to be seen
             warnings.warn(f"{type(self).__name__} could not log its last sample: {error}", stacklevel=2)
 
@@ -136,12 +136,15 @@ class Monitor(BatchNormCallback):
         for alert in alerts if self.on_alert != "log" else ():
             warnings.warn(str(alert), stacklevel=2)
         if self.history.layers and self._redraw.is_due(step):
-            self._draw(trainer, step)
+            self._show(trainer, step)
             self._redraw.took()
 
+    def _show(self, trainer: Any, step: int) -> None:
+        if not (trainer.fast_dev_run or trainer.barebones):  # which suppress logging
+            self._draw(trainer, step)
+
     def _draw(self, trainer: Any, step: int) -> None:
-        if trainer.fast_dev_run or trainer.barebones:  # which ask for no output
-            return
+        """Write pictures, texts and files."""
         for tag, draw in self._figures().items():
             log_figure(trainer, tag, draw, step)
         log_text(trainer, f"{self._kind}/worst", self._worst().to_markdown(), step)

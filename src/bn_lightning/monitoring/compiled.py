@@ -5,24 +5,18 @@ graph runs, without the operator and with every fusion.
 """
 
 from collections.abc import Callable
-from typing import Protocol
-from weakref import WeakValueDictionary, ref
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-__all__ = ["CompiledTap", "Measuring", "compiling", "record_in_graph"]
-
-
-class Measuring(Protocol):
-    """What takes the outputs in that compiled graphs hand over."""
-
-    def measure_compiled(self, layer: str, output: Tensor) -> None:
-        """Measure an output of the layer of that name."""
+__all__ = ["CompiledTap", "compiling", "record_in_graph"]
 
 
 # The only thing an operator of this kind changes, or the compiler would drop it and might reorder two of them.
 _TOKEN = torch.zeros(1, device="cpu")
+_NUMBERS = count()
 _TAPS: WeakValueDictionary[int, "CompiledTap"] = WeakValueDictionary()
 
 compiling: Callable[[], bool] = torch.compiler.is_compiling
@@ -32,19 +26,16 @@ class CompiledTap:
     """What an operator in a compiled graph finds its layer by.
 
     Its number is a tensor, an input of the graph: equal layers share one graph, which a constant would tell apart.
+
+    Args:
+        receive: What takes the layer's outputs.
     """
 
-    def __init__(self, watch: Measuring, layer: str) -> None:
-        self._watch = ref(watch)
-        self._layer = layer
-        _TAPS[id(self)] = self
-        self.key = torch.tensor(id(self), device="cpu")
-
-    def __call__(self, output: Tensor) -> None:
-        """Hand an output over to the watch, if there still is one."""
-        watch = self._watch()
-        if watch is not None:
-            watch.measure_compiled(self._layer, output)
+    def __init__(self, receive: Callable[[Tensor], None]) -> None:
+        number = next(_NUMBERS)
+        _TAPS[number] = self
+        self.receive = receive
+        self.key = torch.tensor(number, device="cpu")
 
 
 def record_in_graph(key: Tensor, output: Tensor) -> None:
@@ -56,8 +47,8 @@ def record_in_graph(key: Tensor, output: Tensor) -> None:
 @torch.library.custom_op("bn_lightning::record_activation", mutates_args=("token",), tags=(torch.Tag.cudagraph_unsafe,))
 def _record(token: Tensor, output: Tensor, key: Tensor) -> None:
     tap = _TAPS.get(int(key))
-    if tap is not None:
-        tap(output)
+    if tap is not None:  # or the graph has outlived it
+        tap.receive(output)
 
 
 @_record.register_fake

@@ -1,6 +1,7 @@
 """Read every layer's output while a network runs, without a host sync."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -77,6 +78,7 @@ class ActivationWatch:
         self._processes = ProcessMerge()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._layers: dict[str, nn.Module] = {}
+        self._places: dict[str, int] = {}
         self._absence = NOT_CALLED
         self._untapped: dict[str, str] = {}
         self._axes = ChannelAxes()
@@ -99,6 +101,7 @@ class ActivationWatch:
         layers = watchable_layers(model, include, exclude)
         self.remove()
         self._layers, self._order, self._notes = layers, {}, SampleNotes()
+        self._places = {name: place for place, name in enumerate(layers)}
         self._counts = None
         self._buffer = StatisticsBuffer(device=next((tensor.device for tensor in model.parameters()), None))
         compiled = is_compiled(model) or any(map(is_compiled, model.modules()))
@@ -122,9 +125,15 @@ class ActivationWatch:
     def measure(self, name: str, layer: nn.Module, args: object, output: object) -> None:
         """Add one output of a layer to the sample; an output that cannot be measured leaves its reason."""
         self._order.setdefault(name)
-        try:
+        with self._telling(name):
             self._measure(name, layer, args, output)
-        except Exception as error:  # an output that nobody thought of must not stop a training
+
+    @contextmanager
+    def _telling(self, name: str) -> Iterator[None]:
+        """Turn an exception into a reason: what nobody thought of must not stop a training."""
+        try:
+            yield
+        except Exception as error:
             self._notes.add(name, reason=f"it could not be measured: {type(error).__name__}: {error}")
 
     def _measure(self, name: str, layer: nn.Module, args: object, output: object) -> None:
@@ -151,8 +160,9 @@ class ActivationWatch:
         if reason:
             self._notes.add(layer, reason=reason)
         elif not in_backward():
-            self._add(layer, output, self._axis(layer, self._layers[layer], (), output))
-            self._count(layer, output)
+            with self._telling(layer):
+                self._add(layer, output, self._axis(layer, self._layers[layer], (), output))
+                self._count(layer, output)
 
     def read(self) -> ActivationSnapshot:
         """Copy the sample so far to the host, in one transfer."""
@@ -197,8 +207,9 @@ class ActivationWatch:
             values, layout = self._buffer.used, self._buffer.layout
             if gradient_scale is not None and layout:
                 values = rescaled_gradients(values, layout, gradient_scale)
-            counts = values.new_zeros(len(layers) if self.histograms else 0, BINS, dtype=torch.int64)
-            counts = counts if self._counts is None else self._counts
+            counts = self._counts
+            if counts is None:
+                counts = values.new_zeros(len(layers) if self.histograms else 0, BINS, dtype=torch.int64)
             finish = self._processes.start(values, layout, counts, across_processes=across_processes)
 
         def snapshot() -> ActivationSnapshot:
@@ -220,9 +231,14 @@ class ActivationWatch:
 
     @never_compiled
     def _measure_gradient(self, name: str, axis: int | None, gradient: Tensor) -> None:
-        if torch.is_grad_enabled():  # a gradient that is itself differentiated, as for a penalty, is not the loss's
-            self._notes.add(name, reason=_CREATES_GRAPH)
-        elif self.sampling and not unmeasurable(gradient):
+        if not self.sampling:
+            return
+        # A gradient that is itself differentiated, as for a penalty, is not the loss's.
+        reason = _CREATES_GRAPH if torch.is_grad_enabled() else unmeasurable(gradient).replace("output", "gradient")
+        if reason:
+            self._notes.add(name, reason=reason)
+            return
+        with self._telling(name):
             self._add(name, gradient, axis)
 
     def _add(self, name: str, tensor: Tensor, axis: int | None) -> None:
@@ -239,7 +255,7 @@ class ActivationWatch:
         with torch.inference_mode(False), torch.no_grad():
             if self._counts is None:
                 self._counts = torch.zeros(len(self._layers), BINS, dtype=torch.int64, device=tensor.device)
-            counts = self._counts[list(self._layers).index(name)]
+            counts = self._counts[self._places[name]]
             counts += log2_histogram(tensor).to(counts.device, non_blocking=True)
 
     def _axis(self, name: str, layer: nn.Module, args: object, tensor: Tensor) -> int | None:
@@ -263,20 +279,19 @@ def _floating(output: object) -> int:
 class _Tap:
     """A forward hook that costs one attribute look-up while nothing is sampled."""
 
-    __slots__ = ("_compiled", "_key", "_name", "_watch")
+    __slots__ = ("_compiled", "_name", "_watch")
 
     def __init__(self, watch: ActivationWatch, name: str) -> None:
         self._watch = watch
         self._name = name
-        self._compiled = CompiledTap(watch, name)
-        self._key = self._compiled.key
+        self._compiled = CompiledTap(partial(watch.measure_compiled, name))
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if self._watch.sampling:
             if not compiling():
                 self._watch.measure(self._name, module, args, output)
             elif (tensor := find_tensor(output)) is not None:
-                record_in_graph(self._key, tensor)
+                record_in_graph(self._compiled.key, tensor)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # A copy of the network, such as an average of its weights, is not what is being watched.
