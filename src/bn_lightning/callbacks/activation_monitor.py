@@ -60,7 +60,7 @@ class ActivationMonitor(Monitor):
     ``gradients/<layer>/rms``                root mean square of the loss's gradient by the layer's output, units of
                                              1 / activation (``gradients=True``, as all below; up to 50 layers)
     ``gradients/nonfinite, …/max_abs``       as above, of gradients
-    ``gradients/heatmap/rms, …/profile``     as above, of gradients
+    ``gradients/heatmap/rms, …/profile``     as above, of gradients; so is ``gradients/worst``
     =======================================  ========================================================================
 
     TensorBoard and W&B get all of it (W&B no histograms), a CSV logger the scalars, and pictures and texts as files
@@ -204,6 +204,11 @@ class ActivationMonitor(Monitor):
             rank_zero_info(f"ActivationMonitor took the eager way: {self._watch.statistics.reason}.")
 
     @override
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self._watch.remove()
+        super().on_fit_end(trainer, pl_module)
+
+    @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._watch.remove()
 
@@ -277,22 +282,11 @@ class ActivationMonitor(Monitor):
                 log_text(trainer, "activations/before", self._recent.table(alert.layer).to_markdown(), snapshot.step)
 
     @override
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        self._watch.remove()
-        super().on_fit_end(trainer, pl_module)
-        shown = self._published and trainer.is_global_zero and not trainer.barebones
-        if shown and (gradients := self._newest().gradients) is not None:
-            worst_layers(gradients).print()
-
-    @override
     def _draw(self, trainer: Any, step: int) -> None:
         super()._draw(trainer, step)
-        newest = self._newest()
-        if newest.gradients is not None:
-            log_text(trainer, "gradients/worst", worst_layers(newest.gradients).to_markdown(), step)
-            if self._file is not None:
-                self.gradient_history.write_jsonl(self._file.with_name(f"gradients-of-{self._file.name}"))
-        for layer, counts in newest.histograms.items():
+        if self.gradients and self._file is not None:
+            self.gradient_history.write_jsonl(self._file.with_name(f"gradients-of-{self._file.name}"))
+        for layer, counts in self._newest().histograms.items():
             log_histogram(trainer, f"activations/histogram/{layer}", raw_histogram(counts).arguments(), step)
 
     @override
@@ -309,8 +303,10 @@ class ActivationMonitor(Monitor):
         return figures
 
     @override
-    def _worst(self) -> Table:
-        return worst_layers(self._newest())
+    def _worst(self) -> Mapping[str, Table]:
+        newest = self._newest()
+        samples = [newest] if newest.gradients is None else [newest, newest.gradients]
+        return {sample.kind: worst_layers(sample) for sample in samples}
 
     def _look(self) -> None:
         """Take the newest sample in between two cadences; among other processes all would have to, so none does."""

@@ -214,9 +214,9 @@ class BatchNormMonitor(Monitor):
         return {f"bn/heatmap/{stat}": partial(self.history.figure, stat) for stat in _HEAT_MAPS}
 
     @override
-    def _worst(self) -> Table:
+    def _worst(self) -> Mapping[str, Table]:
         assert self.snapshot is not None
-        return worst_batch_norms(self.snapshot)
+        return {self._kind: worst_batch_norms(self.snapshot)}
 
 
 def _scalars(snapshot: RunningSnapshot) -> dict[str, float]:

@@ -83,7 +83,8 @@ class Monitor(BatchNormCallback):
         # Not if a checkpoint was resumed that had been trained to its end.
         if self._published and trainer.is_global_zero and self.history.layers and not trainer.barebones:
             self._show(trainer, self.history.last_step)
-            self._worst().print()
+            for table in self._worst().values():
+                table.print()
 
     def _new_rules(self) -> AlertRules:
         """Return the chosen rules of this monitor's kind, with nothing seen yet."""
@@ -118,8 +119,8 @@ class Monitor(BatchNormCallback):
         """Return what to draw, by tag."""
 
     @abstractmethod
-    def _worst(self) -> Table:
-        """Return the layers of the newest sample that are worth a look first."""
+    def _worst(self) -> Mapping[str, Table]:
+        """Return the layers of the newest sample that are worth a look first, by what was measured."""
 
     def _publish(self, trainer: Any, step: int, scalars: dict[str, float], alerts: Sequence[Alert]) -> None:
         """Log what was found at a step; every process has to call it."""
@@ -147,7 +148,8 @@ class Monitor(BatchNormCallback):
         """Write pictures, texts and files."""
         for tag, draw in self._figures().items():
             log_figure(trainer, tag, draw, step)
-        log_text(trainer, f"{self._kind}/worst", self._worst().to_markdown(), step)
+        for kind, table in self._worst().items():
+            log_text(trainer, f"{kind}/worst", table.to_markdown(), step)
         if not trainer.loggers:
             self._file = self._file or unused_file(trainer.default_root_dir, f"{self._kind}.jsonl")
             self.history.write_jsonl(self._file)
