@@ -239,3 +239,12 @@ def test_a_profile_saved_as_text_has_the_names_as_text():
 )
 def test_awkward_profiles_are_drawn(x):
     assert figure_image(depth_profile(snapshot(only=x))).std() > 0
+
+
+def test_small_numbers_leave_the_labels_of_a_profile_on_the_page():
+    values = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)) * 9.01e-6
+    blocks = {f"layer{index}": activation_statistics(values * (index + 1)) for index in range(3)}
+    figure = depth_profile(ActivationSnapshot(blocks, {}, kind="gradients"))
+    figure.canvas.draw()
+    labels = [axes.yaxis.label for axes in figure.axes]
+    assert min(label.get_window_extent().x0 for label in labels if label.get_text()) > 0

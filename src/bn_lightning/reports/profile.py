@@ -18,7 +18,7 @@ __all__ = ["Profile", "profile_figure"]
 
 _DPI = 100
 # Pixels.
-_LEFT, _RIGHT, _TOP, _WIDTH, _UPPER, _LOWER, _BETWEEN, _BOTTOM = 80, 60, 70, 860, 250, 170, 34, 20
+_LEFT, _RIGHT, _TOP, _WIDTH, _UPPER, _LOWER, _BETWEEN, _BOTTOM = 110, 60, 70, 860, 250, 170, 34, 20
 _LABEL, _NARROWEST_LABEL = 7.5, 13
 _MOST_DOTS = 60
 _BLUE, _ORANGE, _FAINT = "#1f5fa8", "#e08a1e", "#808080"
