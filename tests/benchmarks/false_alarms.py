@@ -13,10 +13,10 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
+from runs import HEALTHY, SICK
 from trainings import digits, run
 
 from bn_lightning.monitoring import AlertRules
-from runs import HEALTHY, SICK
 
 
 def outcome(place):
