@@ -9,6 +9,7 @@ __all__ = [
     "ConversionError",
     "FoldError",
     "RecalibrationError",
+    "SingleValueError",
     "first_line",
     "nearest",
 ]
@@ -32,6 +33,23 @@ class AuditError(BatchNormError):
 
 class RecalibrationError(BatchNormError):
     """Population statistics cannot be measured with what was given."""
+
+
+class SingleValueError(RecalibrationError):
+    """A layer that normalizes by batch statistics was given one value per channel, which has no variance.
+
+    Attributes:
+        layer: The layer's name.
+        shape: That of its input.
+    """
+
+    def __init__(self, message: str, layer: str, shape: tuple[int, ...]) -> None:
+        super().__init__(message, layer, shape)
+        self.layer = layer
+        self.shape = shape
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def first_line(exception: BaseException) -> str:

@@ -27,14 +27,18 @@ def test_merge_matches_numpy_on_the_whole_data(sizes, tail, offset):
 
 
 @pytest.mark.parametrize("offset", [1.0, 1e4], ids="offset={:g}".format)
-@pytest.mark.parametrize("layout", ["NC", "contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("layout", ["NC", "CN", "NC11", "contiguous", "channels_last", "strided"])
 def test_many_values_in_every_layout(layout, offset):
     x = (
         noise(100_000, 2, offset=offset, scale=0.1)
-        if layout == "NC"
+        if layout in ("NC", "CN", "NC11")
         else noise(64, 2, 40, 40, offset=offset, scale=0.1)
     )
-    if layout == "channels_last":
+    if layout == "CN":
+        x = x.t().contiguous().t()
+    elif layout == "NC11":
+        x = x[..., None, None]
+    elif layout == "channels_last":
         x = x.to(memory_format=torch.channels_last)
     elif layout == "strided":
         x = x.transpose(2, 3)[..., ::2]

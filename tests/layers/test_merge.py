@@ -13,7 +13,8 @@ from torch import distributed, nn
 
 import bn_lightning as bnl
 from bn_lightning.errors import BatchNormError
-from bn_lightning.layers import CrossReplicaBatchNorm, DomainBatchNorm, MergedLayer
+from bn_lightning.layers import CrossReplicaBatchNorm, DomainBatchNorm, MergedLayer, statistics_spread
+from bn_lightning.selection import named_batch_norms
 
 WORLD = 3
 FRESH = 1  # the process that has not seen a batch
@@ -83,6 +84,14 @@ def merged(net, calls, **options):
     }
 
 
+def compared(net, **options):
+    """The spread of every layer, and whether the buffers stayed as they were."""
+    before = copies(net)
+    spread = statistics_spread(named_batch_norms(net), **options)
+    same = [torch.equal(before[name].nan_to_num(7.0), buffer.nan_to_num(7.0)) for name, buffer in net.named_buffers()]
+    return spread, all(same)
+
+
 def refused(net, **options):
     before = copies(net)
     with pytest.raises(BatchNormError) as caught:
@@ -102,6 +111,9 @@ def process(rank, folder):
     broken = build(rank)
     if rank == 2:
         broken.stem.running_var[1] = torch.inf
+    half = build(rank)
+    if rank == 1:
+        half.uncounted.running_mean[0] = torch.nan
     found = {
         "whole": merged(build(rank), calls),
         "large mean": merged(build(rank, 1e4), calls),
@@ -114,6 +126,8 @@ def process(rank, folder):
         "other widths": refused(nn.BatchNorm1d(2 + rank)),
         "one at fault": refused(build(rank), include=["stemm"] if rank == 1 else ["stem"]),
         "not finite": refused(broken),
+        "spread": compared(build(rank)),
+        "spread not finite": compared(half),
     }
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
     distributed.destroy_process_group()
@@ -124,7 +138,7 @@ def found(tmp_path_factory):
     """What each process found."""
     folder = tmp_path_factory.mktemp("processes")
     # This file is the program of all processes: pytest's import mode leaves no module for `spawn` to import.
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     program = [sys.executable, __file__]
     running = [subprocess.Popen([*program, str(rank), str(folder)], env=environment) for rank in range(WORLD)]
     try:
@@ -220,6 +234,19 @@ def test_the_gap_is_the_farthest_process_by_the_formula(found):
         gaps.append(np.sqrt((weight**2 * channels).sum() / (weight**2).sum()))
     row = next(row for row in found[0]["whole"]["rows"] if row["name"] == "body.1")
     np.testing.assert_allclose(row["gap"], max(gaps), rtol=1e-5)
+
+
+def test_the_spread_is_the_gap_merging_would_tell_with_nothing_written(found):
+    expected: dict[str, float] = {}
+    for row in found[0]["whole"]["rows"]:
+        if row["gap"] is not None:
+            name = row["name"].split(" (")[0]
+            expected[name] = max(row["gap"], expected.get(name, 0.0))
+    for one in found:
+        spread, untouched = one["spread"]
+        assert spread == expected
+        assert untouched
+        assert one["spread not finite"] == ({name: gap for name, gap in expected.items() if name != "uncounted"}, True)
 
 
 def test_patterns_leave_the_other_layers_alone(found):

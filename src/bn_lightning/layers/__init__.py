@@ -18,7 +18,7 @@ from bn_lightning.layers.frozen import FrozenBatchNorm
 from bn_lightning.layers.ghost import GhostBatchNorm
 from bn_lightning.layers.lp import LpBatchNorm
 from bn_lightning.layers.masked import MaskedBatchNorm, valid_positions
-from bn_lightning.layers.merge import merge_statistics
+from bn_lightning.layers.merge import merge_statistics, statistics_spread
 from bn_lightning.layers.merge_result import MergedLayer, MergeResult
 from bn_lightning.layers.noisy import NoisyBatchNorm
 from bn_lightning.layers.paused import paused_statistics
@@ -56,6 +56,7 @@ __all__ = [
     "paused_statistics",
     "revert_batch_norm",
     "select_domain",
+    "statistics_spread",
     "use_domain",
     "valid_positions",
 ]

@@ -7,6 +7,7 @@ from torch import nn
 import bn_lightning as bnl
 from bn_lightning.errors import AuditError, RecalibrationError
 from bn_lightning.layers import (
+    BatchRenorm,
     DomainBatchNorm,
     FrozenBatchNorm,
     GhostBatchNorm,
@@ -75,3 +76,13 @@ def test_an_audit_that_can_compare_nothing_is_refused():
         AuditError, match=r"no selected .* can be compared .*Of '0' \(LpBatchNorm\): its running_var is"
     ):
         bnl.audit_batch_norm(nn.Sequential(LpBatchNorm(2)), batches())
+
+
+def test_stale_running_statistics_of_a_batch_renorm_are_not_measured_along():
+    torch.manual_seed(0)
+    model = nn.Sequential(BatchRenorm(2, r_warmup=None, d_warmup=None, d_max=10.0), nn.ReLU(), nn.BatchNorm1d(2))
+    model[0].running_mean.fill_(5)
+    bnl.recalibrate_batch_norm(model, batches())
+    with torch.no_grad():
+        given = torch.cat([torch.relu(nn.functional.batch_norm(x, None, None, training=True)) for x in batches()])
+    torch.testing.assert_close(model[2].running_mean, given.mean(0))
