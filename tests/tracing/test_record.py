@@ -385,3 +385,39 @@ def test_parameters_are_no_values():
     record = record_forward(Adding(), torch.ones(1, 4))
     assert len(record.values) == 4
     assert [operation.passing for operation in record.operations[:2]] == [None, None]
+
+
+DROPOUTS = {
+    "function": lambda net, y: F.dropout(y, 0.25, net.training),
+    "in-place": lambda net, y: F.dropout(y, p=0.25, training=net.training, inplace=True),
+    "torch": lambda net, y: torch.dropout(y, 0.25, net.training),
+    "channels": lambda net, y: F.dropout2d(y, 0.25, net.training),
+    "alpha": lambda net, y: F.alpha_dropout(y, 0.25, net.training),
+    "module": lambda net, y: net.drop(y),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("way", DROPOUTS)
+def test_every_dropout_is_noted_also_where_it_gives_back_its_input(way, training):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.drop = nn.Conv2d(3, 3, 1), nn.Dropout(0.25)
+
+        def forward(self, x):
+            return self.conv(F.relu(DROPOUTS[way](self, self.conv(x))))
+
+    record = record_forward(Net().train(training), [torch.zeros(2, 3, 4, 4)] * 2)
+    first, second = record.dropouts
+    assert (first.p, first.call, second.call) == (0.25, 0, 1)
+    assert first.function.rstrip("_") == {"channels": "dropout2d", "alpha": "alpha_dropout"}.get(way, "dropout")
+    assert first.module == ("drop" if way == "module" else "")
+    # Independently: between the first convolution and relu.
+    conv, relu = record.operations[0], next(each for each in record.operations if each.function == "relu")
+    assert first.input == conv.outputs[0]
+    assert (first.output,) == relu.inputs
+    assert first.end == relu.index
+    assert (first.output == first.input) == (not training)
+    assert [each.function for each in record.operations if each.call == 0].count("dropout") <= 1
+    assert record.of_calls(1).dropouts == (first,)

@@ -2,10 +2,11 @@
 
 from bn_lightning.tracing.calls import ExampleCall, example_calls
 from bn_lightning.tracing.channels import channel_origins
-from bn_lightning.tracing.record import ForwardRecord, LayerUse, ModuleCall, Operation, Value
+from bn_lightning.tracing.record import DropoutUse, ForwardRecord, LayerUse, ModuleCall, Operation, Value
 from bn_lightning.tracing.recorder import record_forward
 
 __all__ = [
+    "DropoutUse",
     "ExampleCall",
     "ForwardRecord",
     "LayerUse",

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 __all__ = [
     "TENSOR_ROLES",
+    "dropout_probability",
     "function_name",
     "layer_arguments",
     "reads_metadata",
@@ -36,6 +37,9 @@ _LAYERS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
         ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
     ),
 }
+_DROPOUTS = frozenset(
+    {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
+)
 # Older torch calls them all "fn".
 _NAMES = {
     id(getattr(F, name)): name for name in (f"{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3))
@@ -83,6 +87,20 @@ def layer_arguments(
     except (KeyError, TypeError):
         return None
     return kind, {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def dropout_probability(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+    """Return the probability a dropout function is called with, ``None`` for any other function.
+
+    Example:
+        >>> dropout_probability(F.dropout2d, (torch.zeros(1),), {"training": False})
+        0.5
+        >>> dropout_probability(F.relu, (torch.zeros(1),), {}) is None
+        True
+    """
+    if str(getattr(function, "__name__", "")).rstrip("_") not in _DROPOUTS:
+        return None
+    return float(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
 
 
 def reads_padding(kind: str, given: Mapping[str, Any]) -> bool:

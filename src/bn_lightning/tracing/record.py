@@ -9,7 +9,7 @@ import torch
 from bn_lightning.reports.table import Cell, Table
 from bn_lightning.tracing.passing import Passing
 
-__all__ = ["ForwardRecord", "LayerUse", "ModuleCall", "Operation", "Value"]
+__all__ = ["DropoutUse", "ForwardRecord", "LayerUse", "ModuleCall", "Operation", "Value"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +127,29 @@ class ModuleCall:
 
 
 @dataclass(frozen=True, slots=True)
+class DropoutUse:
+    """One call of a dropout function, also one in evaluation mode, which gives back the very value and is no operation.
+
+    Attributes:
+        function: Its own name, such as ``dropout2d``.
+        module: Qualified name of the module whose forward was running.
+        call: Which of the example calls it belongs to.
+        p: Probability of an element or channel to be dropped.
+        input: The value it was given.
+        output: The value it returned, in evaluation mode the same.
+        end: Index after the last operation before it returned.
+    """
+
+    function: str
+    module: str
+    call: int
+    p: float
+    input: int
+    output: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardRecord:
     """Everything a forward pass did, over all example calls.
 
@@ -136,6 +159,7 @@ class ForwardRecord:
         tensor_reads: Qualified parameter or buffer name to the indices of the operations that read it.
         unseen_tensors: Names of parameters and buffers read behind the recorder's back, to the kernels that did.
         module_calls: In the order in which they began.
+        dropouts: In execution order.
     """
 
     operations: tuple[Operation, ...]
@@ -143,6 +167,7 @@ class ForwardRecord:
     tensor_reads: Mapping[str, tuple[int, ...]] = field(repr=False)
     unseen_tensors: Mapping[str, tuple[str, ...]] = field(repr=False)
     module_calls: tuple[ModuleCall, ...] = field(default=(), repr=False)
+    dropouts: tuple[DropoutUse, ...] = field(default=(), repr=False)
 
     def producer(self, value: int) -> Operation | None:
         """Return the operation that made a value, ``None`` for one that came from elsewhere."""
@@ -172,6 +197,7 @@ class ForwardRecord:
             {name: tuple(index for index in readers if index < end) for name, readers in self.tensor_reads.items()},
             self.unseen_tensors,
             tuple(call for call in self.module_calls if call.call < number),
+            tuple(dropout for dropout in self.dropouts if dropout.call < number),
         )
 
     @property

@@ -25,6 +25,7 @@ from bn_lightning.selection import unwrap
 from bn_lightning.tracing.calls import example_calls
 from bn_lightning.tracing.layers import (
     TENSOR_ROLES,
+    dropout_probability,
     function_name,
     layer_arguments,
     reads_metadata,
@@ -34,7 +35,7 @@ from bn_lightning.tracing.layers import (
 from bn_lightning.tracing.memory import Memories
 from bn_lightning.tracing.nested import iter_tensors, map_tensors
 from bn_lightning.tracing.passing import Passing, ValueRef, passing_kind
-from bn_lightning.tracing.record import ForwardRecord, LayerUse, ModuleCall, Operation, Value
+from bn_lightning.tracing.record import DropoutUse, ForwardRecord, LayerUse, ModuleCall, Operation, Value
 
 __all__ = ["record_forward"]
 
@@ -116,6 +117,7 @@ class _Recorder:
     def __init__(self, model: nn.Module) -> None:
         self.operations: list[Operation] = []
         self.values: list[_OpenValue] = []
+        self.dropouts: list[DropoutUse] = []
         self.tensor_reads: dict[str, list[int]] = {}
         self.unseen_tensors: dict[str, list[str]] = {}
         self.call = 0
@@ -191,6 +193,7 @@ class _Recorder:
                 ModuleCall(c.module, c.call, c.first, c.end, c.inputs, c.outputs, c.arguments, c.parent)
                 for c in self._module_calls
             ),
+            tuple(self.dropouts),
         )
 
     def run_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -211,6 +214,11 @@ class _Recorder:
         finally:
             self._given = outer
         made = [tensor for tensor in iter_tensors(result) if id(tensor) not in self._owned]
+        p = dropout_probability(function, args, kwargs)
+        if p is not None and inputs and made:
+            output = self._value_of(made[0])
+            # Outside of evaluation it is an operation too, whose value is about to be numbered.
+            self._note_dropout(function, p, inputs[0], len(self.values) if output is None else output)
         if not made and reads_metadata(function):
             return result
         if made and all(self._value_of(tensor) in inputs for tensor in made):
@@ -227,7 +235,7 @@ class _Recorder:
                 call=self.call,
                 kind=layer[0] if layer else "other",
                 function=function_name(function),
-                module=self._module_calls[self._module_stack[-1]].module if self._module_stack else "",
+                module=self._running_module,
                 inputs=tuple(inputs),
                 outputs=outputs,
                 layer=layer[1] if layer else None,
@@ -250,6 +258,15 @@ class _Recorder:
                 if id(tensor) not in self._given:
                     self._note_unseen(tensor, str(kernel))
             return kernel(*args, **kwargs)
+
+    def _note_dropout(self, function: Callable[..., Any], p: float, source: int, output: int) -> None:
+        end = len(self.operations) + (output != source)
+        name = function_name(function)
+        self.dropouts.append(DropoutUse(name, self._running_module, self.call, p, source, output, end))
+
+    @property
+    def _running_module(self) -> str:
+        return self._module_calls[self._module_stack[-1]].module if self._module_stack else ""
 
     def _note_unseen(self, tensor: Tensor, kernel: str) -> None:
         for name in self._owned.get(id(tensor), ()):
