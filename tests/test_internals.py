@@ -13,7 +13,10 @@ from bn_lightning.internals import (
     LossBase,
     add_png,
     assert_async,
+    averaged_networks,
+    before_batch_transfer,
     compiled_original,
+    drop_hooks,
     gradient_scale,
     hooks_on,
     in_backward,
@@ -35,6 +38,14 @@ def test_batches_that_stepped_of_the_epoch_loop():
     assert logging_step(trainer) == 7
 
 
+def test_on_before_batch_transfer_of_a_module():
+    class Doubling(pl.LightningModule):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return 2 * batch
+
+    assert before_batch_transfer(Doubling(), 3) == 6
+
+
 def test_generate_state_key_of_a_callback():
     assert "9" in pl.Callback()._generate_state_key(nine=9)
 
@@ -53,6 +64,8 @@ def test_hook_tables_of_a_module(register, kind):
     assert hooks_on(layer) == []
     getattr(layer, register)(lambda *args: None)
     assert hooks_on(layer) == [kind]
+    drop_hooks(layer)
+    assert hooks_on(layer) == []
 
 
 def test_bases_of_layers():
@@ -112,3 +125,15 @@ def test_graph_task_of_a_backward_pass():
     y.register_hook(lambda _: seen.append(in_backward()))
     y.backward()
     assert (seen, in_backward()) == ([True], False)
+
+
+def test_networks_that_weight_averaging_saves():
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    averaging, module = WeightAveraging(), pl.LightningModule()
+    trainer = SimpleNamespace(callbacks=[pl.Callback(), averaging])
+    assert averaged_networks(trainer) == []
+    averaging.setup(trainer, module, "fit")
+    (network,) = averaged_networks(trainer)
+    assert network is averaging._average_model.module

@@ -1,3 +1,4 @@
+import contextlib
 import random
 
 import numpy as np
@@ -6,7 +7,14 @@ import torch
 from torch import nn
 
 from bn_lightning.errors import BatchNormError
-from bn_lightning.preservation import in_float64, out_of_inference_mode, preserved, preserved_rng
+from bn_lightning.preservation import (
+    in_float64,
+    on_device,
+    out_of_inference_mode,
+    preserved,
+    preserved_rng,
+    written_back,
+)
 
 
 @pytest.fixture
@@ -249,3 +257,74 @@ def test_what_a_forward_pass_builds_or_collects_is_taken_back(warm):
         assert list(map(id, before)) == list(map(id, after))
     assert net(x).shape == (2, 2)
     assert isinstance(net.head, nn.Linear)
+
+
+def test_parameters_that_code_writes_to_come_back(model):
+    before = fingerprint(model)
+
+    def write():
+        with torch.no_grad():
+            model[0].weight.add_(1)
+            model[0].bias.data.zero_()  # which no version counts
+            model[1].running_mean.add_(1)
+
+    for error in (None, KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), preserved(model), written_back(model):
+            write()
+            assert fingerprint(model)["parameters"] != before["parameters"]
+            if error is not None:
+                raise error
+        assert fingerprint(model) == before
+
+
+def test_each_run_can_find_the_same_network():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model.register_buffer("queue", torch.zeros(3))
+    model.register_buffer("nothing", None)
+    weight = model[0].weight.detach().clone()
+    with written_back(model) as put_back:
+        for _ in range(2):
+            put_back()
+            assert torch.equal(model[0].weight, weight)
+            assert torch.equal(model.queue, torch.zeros(3))
+            loss = model(torch.ones(3, 2)).sum()
+            with torch.no_grad():
+                model[0].weight.add_(1)
+                model.queue[1] = 5
+        assert model[1].num_batches_tracked == 2, "BN layers are the borrower's matter"
+    assert torch.equal(model[0].weight, weight)
+    assert loss.grad_fn is not None
+    model(torch.ones(3, 2)).sum().backward()
+    with written_back(model) as put_back:
+        loss = model(torch.ones(3, 2)).square().sum()
+        with torch.no_grad():
+            model[0].bias.add_(1)
+        put_back()
+        loss.backward()  # what is put back does not count as written
+
+
+def test_tensors_in_attributes_move_along_and_come_back():
+    class Metric(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_buffer("held", torch.zeros(1))
+            self.state, self.states = torch.ones(2), [torch.ones(1), torch.ones(2)]
+            self.defaults, self.pair = {"a": torch.zeros(1), "b": 3}, (torch.ones(1), "text")
+            self.weights, self.buffers_held = [self.weight], [self.held]
+
+    model = Metric()
+    names = ("state", "states", "defaults", "pair", "weights", "buffers_held")
+    before = {name: getattr(model, name) for name in names}
+    with pytest.raises(RuntimeError, match="incompatible"), on_device(model, torch.device("meta")):
+        pass
+    fake = nn.Module()
+    vars(fake).update({name: before[name] for name in names[:4]})
+    with on_device(fake, torch.device("meta")):
+        moved = [fake.state, *fake.states, fake.defaults["a"], fake.pair[0]]
+        assert {tensor.device.type for tensor in moved} == {"meta"}
+        assert (fake.defaults["b"], fake.pair[1]) == (3, "text")
+    for owner, kept in ((fake, names[:4]), (model, names)):
+        for name in kept:
+            assert getattr(owner, name) is before[name]
+    with on_device(model, torch.device("cpu")):
+        assert all(getattr(model, name) is before[name] for name in names)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as DropoutBase
 from torch.nn.modules.loss import _Loss as LossBase
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary as WeakTensorDictionary
 
@@ -23,7 +24,10 @@ __all__ = [
     "WeakTensorDictionary",
     "add_png",
     "assert_async",
+    "averaged_networks",
+    "before_batch_transfer",
     "compiled_original",
+    "drop_hooks",
     "gradient_scale",
     "hooks_on",
     "in_backward",
@@ -62,11 +66,29 @@ def assert_async(condition: Tensor, message: str) -> None:
         raise RuntimeError(message)
 
 
+def averaged_networks(trainer: Any) -> list[nn.Module]:
+    """Return the networks that ``WeightAveraging`` saves in place of the one that trains (``_average_model``)."""
+    held = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    return [average.module for average in held if isinstance(average, AveragedModel)]
+
+
+def before_batch_transfer(module: Any, batch: Any) -> Any:
+    """Do to a batch what the user's hook does before it is moved (``_on_before_batch_transfer``, which picks whose)."""
+    own = getattr(module, "_on_before_batch_transfer", None)
+    return module.on_before_batch_transfer(batch, dataloader_idx=0) if own is None else own(batch, dataloader_idx=0)
+
+
 def compiled_original(model: nn.Module) -> nn.Module | None:
     """Return the module behind ``torch.compile(model)``, else ``None`` (``_orig_mod``)."""
     children = model.__dict__.get("_modules")
     inner = children.get("_orig_mod") if isinstance(children, dict) else None  # a TorchScript module's is no dict
     return inner if isinstance(inner, nn.Module) else None
+
+
+def drop_hooks(module: nn.Module) -> None:
+    """Take away every forward and backward hook a module carries, its children's not (``_forward_hooks`` and so on)."""
+    for kind in _HOOK_TABLES:
+        getattr(module, kind, {}).clear()
 
 
 def gradient_scale(trainer: Any) -> Tensor | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from bn_lightning.errors import BatchNormError
@@ -23,10 +24,12 @@ __all__ = [
     "preserved",
     "preserved_rng",
     "without_autocast",
+    "written_back",
 ]
 
 
 _CONTAINERS = (list, dict, set, OrderedDict)
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
@@ -36,8 +39,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Gradients are set aside, so that the borrower starts from none and the owner's are never added to. Buffers are
     written in place and only where they changed, since optimizers, DDP and compiled graphs hold references.
     Attributes (a counter, a metric's state, a cache of one image size) are what they were, the very objects, and lists,
-    dicts and sets hold what they held, submodules and parameters too; what a forward pass changes inside of other
-    objects is its own matter. Parameters are not copied: whoever writes to them has to undo it.
+    dicts and sets hold what they held, submodules and parameters too, and tensors their values; what a forward pass
+    changes inside of other objects is its own matter. Parameters are not copied: whoever writes to them has to undo it.
 
     Raises:
         BatchNormError: If a lazy module has not seen its first batch, since the forward pass would change the model,
@@ -67,6 +70,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
             for name, value in vars(module).items():
                 if type(value) in _CONTAINERS and "_hooks" not in name:
                     stack.callback(_refill, value, copy.copy(value))
+                elif isinstance(value, Tensor) and _is_kept(value):  # a metric's state, which it adds to in place
+                    stack.callback(_Snapshot(value).restore)
         for parameter in parameters:
             parameter.grad = None
         yield
@@ -98,6 +103,39 @@ def preserved_rng(*devices: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def written_back(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put back what the borrower writes into parameters, which `preserved` does not, in place.
+
+    It takes copies of all of them: for code that may train a part by itself, as an averaged teacher is.
+
+    Yields:
+        What puts back, at once, parameters and the buffers of other than BN layers that in-place operations changed.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> before = layer.weight.item()
+        >>> with written_back(layer), torch.no_grad():
+        ...     _ = layer.weight.add_(1)
+        >>> layer.weight.item() == before
+        True
+    """
+    own = {
+        id(each) for module in model.modules() if isinstance(module, _BatchNorm) for each in module._buffers.values()
+    }
+    parameters = [_Snapshot(parameter) for parameter in model.parameters()]
+    buffers = [_Snapshot(buffer) for buffer in model.buffers() if id(buffer) not in own and _is_kept(buffer)]
+
+    def put_back() -> None:
+        for snapshot in (*parameters, *buffers):
+            snapshot.restore_if_counted()
+
+    with ExitStack() as stack:
+        for snapshot in parameters:
+            stack.callback(snapshot.restore)
+        yield put_back
+
+
+@contextmanager
 def in_float64(model: nn.Module) -> Iterator[None]:
     """Turn every floating parameter and buffer into float64, then hand back the very storage that was there.
 
@@ -124,8 +162,9 @@ def in_float64(model: nn.Module) -> Iterator[None]:
 def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run a model on another device, then hand back the very storage that was there.
 
-    Gradients stay behind and are handed back too. Whatever the borrower writes to parameters and buffers in between is
-    lost, by design; if every tensor is there already, this does nothing.
+    Tensors in plain attributes, such as a metric's state, go along. Gradients stay behind and are handed back too.
+    Whatever the borrower writes to parameters and buffers in between is lost, by design; if every tensor is there
+    already, this does nothing.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -145,6 +184,14 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
             parameter.grad = None
         for tensor in moving:
             tensor.data = tensor.data.to(device)
+        for module in model.modules():
+            for name, value in list(vars(module).items()):
+                if name in _REGISTRIES or "_hooks" in name:
+                    continue
+                moved = _moved(value, device)
+                if moved is not value:
+                    stack.callback(vars(module).__setitem__, name, value)
+                    vars(module)[name] = moved
         yield
 
 
@@ -186,6 +233,14 @@ class _Snapshot:
     def __init__(self, buffer: Tensor | None) -> None:
         self.buffer = buffer
         self.value = None if buffer is None else buffer.detach().clone()
+        self.version = _version(buffer)
+
+    def restore_if_counted(self) -> None:
+        """Restore after an in-place operation, without counting as one: a backward pass may still need the tensor."""
+        if _version(self.buffer) != self.version and self.buffer is not None and self.value is not None:
+            self.version = _version(self.buffer)
+            if self.buffer.shape == self.value.shape:
+                self.buffer.data.copy_(self.value)
 
     def restore(self) -> None:
         if self.buffer is None or self.value is None or _same_bits(self.buffer, self.value):
@@ -195,6 +250,10 @@ class _Snapshot:
                 self.buffer.copy_(self.value)
             else:  # the borrower resized or cast it
                 self.buffer.data = self.value
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -211,6 +270,23 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     # Cloned, since a single element counts as contiguous whatever its stride, and then has no view as bytes.
     bits = [tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1) for tensor in (one, other)]
     return torch.equal(bits[0].view(torch.uint8), bits[1].view(torch.uint8))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Move a tensor, or those in a list, tuple or dict; return the very value if there is none to move."""
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device)
+    if type(value) not in (list, tuple, dict):
+        return value
+    items = _items(value)[len(value) :] if isinstance(value, dict) else list(value)
+    moved = [_moved(each, device) if isinstance(each, Tensor) else each for each in items]
+    if all(map(operator.is_, moved, items)):
+        return value
+    return dict(zip(value, moved, strict=True)) if isinstance(value, dict) else type(value)(moved)
+
+
+def _is_kept(tensor: Tensor) -> bool:
+    return not (tensor.requires_grad or tensor.is_quantized or tensor.is_nested)
 
 
 def _rebind(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
