@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bn_lightning.auditing import audit_batch_norm
+    from bn_lightning.auditing import apply_fixes, audit_batch_norm
     from bn_lightning.folding import fold_batch_norm, plan_fold
     from bn_lightning.layers import (
         AdaptiveBatchNorm,
@@ -52,6 +52,7 @@ _HOMES = {
     "NoisyBatchNorm": "layers",
     "SkipInit": "layers",
     "adjust_momentum": "layers",
+    "apply_fixes": "auditing",
     "audit_batch_norm": "auditing",
     "batch_norm_layer": "layers",
     "convert_batch_norm": "layers",
@@ -83,6 +84,7 @@ __all__ = [
     "NoisyBatchNorm",
     "SkipInit",
     "adjust_momentum",
+    "apply_fixes",
     "audit_batch_norm",
     "batch_norm_layer",
     "convert_batch_norm",

@@ -6,20 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_lightning.auditing.finding import Finding
-from bn_lightning.auditing.reading import AuditReading
+from bn_lightning.auditing.finding import Finding, Repair
+from bn_lightning.auditing.reading import AuditReading, LayerReading
+from bn_lightning.auditing.rules.layers import are_fresh
 from bn_lightning.auditing.rules.rule import RECALIBRATE, Rule
+from bn_lightning.layers.frozen import FrozenBatchNorm
 
-__all__ = ["NOTEWORTHY_GAP", "RULES", "are_fresh"]
+__all__ = ["NOTEWORTHY_GAP", "RULES"]
 
 # Below this the difference drowns in the noise of an ordinary moving average.
 NOTEWORTHY_GAP = 0.1
-
-
-def are_fresh(layer: _BatchNorm) -> bool:
-    """Tell whether the running statistics are exactly (0, 1), as they are before the first update."""
-    mean, var = layer.running_mean, layer.running_var
-    return mean is not None and var is not None and bool((mean == 0).all()) and bool((var == 1).all())
 
 
 def _find_missing(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
@@ -39,9 +35,9 @@ def _find_nonfinite(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
         mean, var = row.layer.running_mean, row.layer.running_var
         if mean is None or var is None:
             continue
-        moments = row.population.moments
         buffers = _channels(~torch.isfinite(mean) | ~torch.isfinite(var) | (var < 0))
-        inputs = _channels(~torch.isfinite(moments.mean) | ~torch.isfinite(moments.m2))
+        moments = None if row.population is None else row.population.moments
+        inputs = [] if moments is None else _channels(~torch.isfinite(moments.mean) | ~torch.isfinite(moments.m2))
         if inputs:
             yield rule.finding(
                 row.name,
@@ -61,27 +57,62 @@ def _find_nonfinite(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
                     "running_var": float(var[first]),
                 },
                 RECALIBRATE,
+                repair=Repair("recalibrate"),
             )
 
 
 def _find_fresh(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
     for row in reading.layers:
-        if row.gap is None or row.population.frozen or not are_fresh(row.layer) or not row.gap >= NOTEWORTHY_GAP:
+        if isinstance(row.layer, FrozenBatchNorm) or not are_fresh(row.layer):
             continue
-        count = row.layer.num_batches_tracked
-        updates = None if count is None else int(count)
-        cause = (
-            "and num_batches_tracked says they were never updated: they were not loaded (strict=False?), or it was "
-            "never in training mode"
-            if not updates
-            else f"though num_batches_tracked is {updates}: momentum is 0, or they were reset or not loaded"
+        if row.population is None:
+            yield from _fresh_without_data(rule, reading, row)
+        elif row.gap is not None and row.gap >= NOTEWORTHY_GAP and not row.population.frozen:
+            yield rule.finding(
+                row.name,
+                f"its running statistics are exactly (0, 1), as at creation, {_why_fresh(row.layer)}",
+                {"gap": row.gap, "num_batches_tracked": _updates(row.layer), "momentum": row.layer.momentum},
+                f"load a checkpoint that has them, or {RECALIBRATE}",
+                repair=Repair("recalibrate"),
+            )
+
+
+def _fresh_without_data(rule: Rule, reading: AuditReading, row: LayerReading) -> Iterator[Finding]:
+    """Accuse only where it is sure: a β that differs between channels was trained, or the network began like that."""
+    layer, updates = row.layer, _updates(row.layer)
+    if updates:
+        message = f"its running statistics are exactly (0, 1), as at creation, {_why_fresh(layer)}"
+        severity = "warning" if reading.model.training else "error"
+    elif layer.bias is not None and bool((layer.bias != layer.bias[:1]).any()):
+        message = (
+            "its running statistics are exactly (0, 1), as at creation, but its β is not 0: they were not loaded "
+            "(strict=False?), or it was begun with a random β and never trained; give training batches to see"
         )
-        yield rule.finding(
-            row.name,
-            f"its running statistics are exactly (0, 1), as at creation, {cause}",
-            {"gap": row.gap, "num_batches_tracked": updates, "momentum": row.layer.momentum},
-            f"load a checkpoint that has them, or {RECALIBRATE}",
-        )
+        severity = "info"
+    else:
+        return
+    yield rule.finding(
+        row.name,
+        message,
+        {"gap": None, "num_batches_tracked": updates, "momentum": layer.momentum},
+        f"load a checkpoint that has them, or {RECALIBRATE}",
+        severity=severity,
+        repair=Repair("recalibrate"),
+    )
+
+
+def _updates(layer: _BatchNorm) -> int | None:
+    return None if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+
+
+def _why_fresh(layer: _BatchNorm) -> str:
+    updates = _updates(layer)
+    if updates:
+        return f"though num_batches_tracked is {updates}: momentum is 0, or they were reset or not loaded"
+    return (
+        "and num_batches_tracked says they were never updated: they were not loaded (strict=False?), or it was never "
+        "in training mode"
+    )
 
 
 def _channels(mask: Tensor) -> list[int]:
@@ -98,7 +129,8 @@ RULES = (
     Rule(
         "fresh-statistics",
         "error",
-        f"running_mean all 0 and running_var all 1, with a gap ≥ {NOTEWORTHY_GAP} output std",
+        f"running_mean all 0 and running_var all 1, with a gap ≥ {NOTEWORTHY_GAP} output std; without data: "
+        "num_batches_tracked > 0 (error; in training mode a warning), or β not the same in all channels (info)",
         _find_fresh,
     ),
     Rule("no-statistics", "warning", "running_mean or running_var is None", _find_missing),

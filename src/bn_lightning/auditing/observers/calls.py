@@ -1,0 +1,165 @@
+"""What batches a layer is normalized over: their sizes, and how far their means lie apart."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bn_lightning.auditing.observer import Observer, each_call, each_input
+from bn_lightning.functional import ChannelMoments, accumulation_dtype, batch_moments
+
+__all__ = ["CallObserver", "LayerCalls"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCalls:
+    """The batches one layer was given. Of a layer that runs several times a batch, the first of these calls.
+
+    Attributes:
+        examples: Size of the first axis, batch by batch.
+        values: Values per channel, batch by batch.
+        by_example: Whether the first axis counts the network's examples; it does not where time or patches are in it.
+        means: Each batch's mean of each channel, (batches, C), float64 on the CPU.
+        within: Variance of the examples' means about their batch's mean, (C,), pooled over batches; NaN where no batch
+            has two examples.
+        per_batch: How often the layer runs, a batch.
+        each: What the layer is given at the first call of a batch, at the second, and so on; empty for a layer that
+            runs once.
+    """
+
+    examples: tuple[int, ...]
+    values: tuple[int, ...]
+    by_example: bool
+    means: Tensor
+    within: Tensor
+    per_batch: int = 1
+    each: tuple[ChannelMoments, ...] = ()
+
+    @property
+    def typical_examples(self) -> float:
+        """The median, which a short last batch does not move."""
+        return float(median(self.examples))
+
+    @property
+    def typical_values(self) -> float:
+        """The median, per channel."""
+        return float(median(self.values))
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over all examples, (C,)."""
+        sizes = torch.tensor(self.examples, dtype=torch.float64)
+        return (self.means * sizes[:, None]).sum(0) / sizes.sum()
+
+    @property
+    def between(self) -> Tensor:
+        """Variance of the batches' means, (C,), times the examples a batch: `within` if examples are drawn at random.
+
+        NaN for fewer than two batches.
+        """
+        sizes = torch.tensor(self.examples, dtype=torch.float64)
+        squares = (self.means - self.mean).square() * sizes[:, None]
+        return squares.sum(0) / max(len(self.examples) - 1, 0)
+
+    @property
+    def variance_of_mean(self) -> Tensor:
+        """Squared standard error of `mean`, (C,), if examples are drawn at random."""
+        return self.within / sum(self.examples)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    examples: int
+    values: int
+    by_example: bool
+    mean: Tensor
+    squares: Tensor
+    moments: ChannelMoments | None
+
+
+class CallObserver(Observer):
+    """Reads every input once, for its examples' means; a layer that runs several times a batch also for its variance.
+
+    Means are added in float32 at least: 1e-6 of a channel's own mean is as fine as they tell batches apart.
+    """
+
+    passes: ClassVar[tuple[str, ...]] = ("population", "evaluation_population")
+
+    def __init__(self) -> None:
+        self._batches: dict[str, dict[str, list[list[_Call]]]] = {}
+        self._pending: dict[str, list[_Call]] = {}
+        self._shared: set[str] = set()
+        self._examples: int | None = None
+        self._pass = ""
+
+    @contextmanager
+    def watching(self, network: nn.Module, layers: Mapping[str, _BatchNorm], name: str) -> Iterator[None]:
+        """Watch one pass."""
+        self._pass = name
+        self._batches[name] = {}
+        self.begin_batch()
+        with each_call(dict(network.named_modules()), self._see_first), each_input(layers, self._see):
+            yield
+
+    def begin_batch(self) -> None:
+        """Forget a batch that failed."""
+        self._pending, self._examples = {}, None
+
+    def end_batch(self) -> None:
+        """Keep the batch."""
+        for name, calls in self._pending.items():
+            self._batches[self._pass].setdefault(name, []).append(calls)
+        self.begin_batch()
+
+    def calls(self, name: str = "population") -> dict[str, LayerCalls]:
+        """Tell what was seen in a pass, in the order in which layers first ran."""
+        return {layer: _summary(batches) for layer, batches in self._batches.get(name, {}).items()}
+
+    def _see_first(self, name: str, module: nn.Module, x: Tensor) -> None:
+        if self._examples is None and x.dim():
+            self._examples = x.shape[0]
+
+    def _see(self, name: str, layer: _BatchNorm, x: Tensor) -> None:
+        if not x.numel():
+            return
+        calls = self._pending.setdefault(name, [])
+        if calls:
+            self._shared.add(name)
+        moments = batch_moments(x) if name in self._shared else None
+        narrow = x.dtype in (torch.float16, torch.bfloat16)
+        each = x if x.dim() == 2 else x.mean(tuple(range(2, x.dim())), dtype=torch.float32 if narrow else None)
+        each = each.to(accumulation_dtype(x.device))
+        mean = each.mean(0)
+        squares = (each - mean).square_().sum(0)
+        values = x.numel() // x.shape[1]
+        calls.append(_Call(x.shape[0], values, x.shape[0] == self._examples, mean, squares, moments))
+
+
+def _summary(batches: list[list[_Call]]) -> LayerCalls:
+    first = [calls[0] for calls in batches]
+    freedom = sum(call.examples - 1 for call in first)
+    squares = torch.stack([call.squares for call in first]).sum(0)
+    per_batch = round(median(map(len, batches)))
+    each: list[ChannelMoments] = []
+    for place in range(per_batch if per_batch > 1 else 0):
+        merged: ChannelMoments | None = None
+        for calls in batches:
+            moments = calls[place].moments if place < len(calls) else None
+            if moments is not None:
+                merged = moments if merged is None else merged.merge(moments)
+        if merged is not None:
+            each.append(ChannelMoments(merged.count, merged.mean.cpu().double(), merged.m2.cpu().double()))
+    return LayerCalls(
+        tuple(call.examples for call in first),
+        tuple(call.values for call in first),
+        all(call.by_example for call in first),
+        torch.stack([call.mean for call in first]).cpu().double(),
+        (squares / freedom if freedom else squares * torch.nan).cpu().double(),
+        per_batch,
+        tuple(each) if len(each) == per_batch else (),
+    )

@@ -1,0 +1,113 @@
+"""Inputs that differ: between training and evaluation, or from channel to channel."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bn_lightning.auditing.finding import Finding
+from bn_lightning.auditing.reading import AuditReading
+from bn_lightning.auditing.rules.rule import Rule
+from bn_lightning.functional import channel_gap, layer_gap
+
+__all__ = ["RULES"]
+
+# Of the first BN's output, in standard deviations, and in standard errors of so many examples.
+_SHIFT, _ERRORS = 0.25, 4.0
+# Between scales; of many the extremes are left out. And of a mean, in standard deviations.
+_RATIO, _MANY, _FAR = 10.0, 10, 10.0
+
+
+def _find_shift(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
+    first = next((name for name in reading.seen.calls if name in reading.evaluation), None)
+    row = next((each for each in reading.layers if each.name == first), None)
+    if first is None or row is None or row.population is None:
+        return
+    train, evaluation = row.population.moments, reading.evaluation[first].moments
+    if train.count < 2 or evaluation.count < 2:
+        return
+    var = train.var(correction=1)
+    distance = channel_gap(train.mean, var, evaluation.mean, evaluation.var(correction=1), row.layer.eps)
+    gap = float(layer_gap(distance, None))
+    error = _standard_error(reading, first, var.cpu().double() + row.layer.eps)
+    if not gap >= _SHIFT or (error is not None and gap < _ERRORS * error):
+        return
+    loss = None if reading.losses is None else reading.losses.difference("domain shift")
+    costs = "" if loss is None else f"; statistics of the evaluation inputs would change the loss by {-loss.mean:+.3g}"
+    yield rule.finding(
+        first,
+        f"the evaluation inputs differ from the training inputs: at the first BatchNorm by {gap:.2g} standard "
+        f"deviations of its output{costs}",
+        {"gap": gap, "standard_error": error, "domain_shift": None if loss is None else loss.mean},
+        "give both the same preprocessing (normalization, channel order, resizing); if the domain is meant to differ, "
+        'bn_lightning.convert_batch_norm(model, "adaptive") or "domain"',
+    )
+
+
+def _standard_error(reading: AuditReading, name: str, var: torch.Tensor) -> float | None:
+    """How far apart two random draws of so many examples lie, RMS over channels, in σ."""
+    calls, others = reading.seen.calls.get(name), reading.seen.evaluation_calls.get(name)
+    if calls is None or others is None or not (calls.by_example and others.by_example):
+        return None
+    share = (calls.variance_of_mean + others.variance_of_mean) / var
+    share = share[torch.isfinite(share)]
+    return float(share.mean().sqrt()) if len(share) else None
+
+
+def _find_scales(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
+    first = reading.seen.first_input
+    if first is None:
+        return
+    varying = (first.range > 0) & (first.std > 0)
+    if not bool(varying.any()):
+        return
+    names, std, values = varying.nonzero().flatten(), first.std[varying], first.range[varying]
+    singular = first.kind.removesuffix("s")
+    fix = f"standardize the inputs over the training set, or put a BatchNorm before {first.layer!r}"
+    # By both: a pixel at the edge hardly varies and a rare word hardly occurs, and neither is in other units.
+    ratio = min(_ratio(std), _ratio(values))
+    if ratio > _RATIO:
+        low, high = int(values.argmin()), int(values.argmax())
+        yield rule.finding(
+            None,
+            f"the {first.kind} of the network's input, at {first.layer!r}, are of very different scale: standard "
+            f"deviation {float(std[low]):.3g} in {singular} {int(names[low])}, {float(std[high]):.3g} in {singular} "
+            f"{int(names[high])}, and no normalization comes before",
+            {"ratio": ratio, "smallest": float(std[low]), "largest": float(std[high])},
+            fix,
+        )
+        return
+    offset = float((first.mean[varying].abs() / std).median())
+    if offset > _FAR:
+        yield rule.finding(
+            None,
+            f"the {first.kind} of the network's input, at {first.layer!r}, are {offset:.2g} standard deviations from 0 "
+            "in the median: what varies in them is small beside what does not, and no normalization comes before",
+            {"offset": offset},
+            fix,
+        )
+
+
+def _ratio(scales: torch.Tensor) -> float:
+    """Divide the largest by the smallest; of many the 90th percentile by the 10th."""
+    ends = (0.1, 0.9) if len(scales) >= _MANY else (0.0, 1.0)
+    low, high = torch.quantile(scales, torch.tensor(ends, dtype=scales.dtype), interpolation="nearest").tolist()
+    return float(high / low)
+
+
+RULES = (
+    Rule(
+        "evaluation-shift",
+        "warning",
+        f"training against evaluation inputs ≥ {_SHIFT:g} output std and ≥ {_ERRORS:g} standard errors at the first BN",
+        _find_shift,
+        ("evaluation",),
+    ),
+    Rule(
+        "unstandardized-input",
+        "warning",
+        f"standard deviations and ranges of input channels or features both > {_RATIO:g} times apart (of {_MANY} or "
+        f"more, the 90th percentile over the 10th), or the median mean > {_FAR:g} standard deviations from 0",
+        _find_scales,
+        ("data",),
+    ),
+)

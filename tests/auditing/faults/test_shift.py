@@ -1,0 +1,112 @@
+"""Evaluation inputs that differ and inputs in different units are told, and ordinary ones left in peace."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from auditing.faults.catalogue_batches import perceptron
+from auditing.faults.catalogue_shift import FAULTS, in_other_units, unseen
+from auditing.faults.digits_training import digits, fit, network
+from sklearn.datasets import load_breast_cancer, load_wine
+from torch import nn
+
+from bn_lightning.auditing import audit_batch_norm
+
+
+def of_rule(report, slug):
+    return {finding.layer: finding for finding in report.findings if finding.rule == slug}
+
+
+@pytest.mark.parametrize(
+    ("slug", "severities"),
+    [
+        pytest.param("evaluation-shift", {"0.1": "warning"}, id="evaluation-shift"),
+        pytest.param("unstandardized-input", {None: "warning"}, id="unstandardized-input"),
+    ],
+)
+def test_a_training_with_the_fault_is_found_at_its_layers(slug, severities):
+    found = of_rule(FAULTS[slug](), slug)
+    assert {name: finding.severity for name, finding in found.items()} == severities
+
+
+@pytest.mark.parametrize("build", [network, perceptron], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("size", [1, 8, 64], ids="examples={}".format)
+def test_a_held_out_part_of_the_same_data_is_left_in_peace(build, size):
+    model = build()
+    fit(model, digits())
+    # Of few examples any statistics are far off: that is no shift.
+    val = [(x[:size], y[:size]) for x, y in unseen()][: 1 if size < 64 else None]
+    if size == 1:
+        val = (
+            [(x[:1], y[:1]) for x, y in unseen()[:2]] if build is network else [(x[:2], y[:2]) for x, y in unseen()[:1]]
+        )
+    report = audit_batch_norm(model.eval(), digits(), val_batches=val, loss=F.cross_entropy)
+    assert not of_rule(report, "evaluation-shift")
+    assert not of_rule(report, "unstandardized-input")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        pytest.param(lambda x: x + 1.0, True, id="brighter"),
+        pytest.param(lambda x: 3.0 * x, True, id="contrast"),
+        pytest.param(lambda x: x + 0.02, False, id="a-trace-brighter"),
+        pytest.param(lambda x: x.flip(3), False, id="mirrored"),
+    ],
+)
+@pytest.mark.parametrize("losses", [True, False], ids="losses={}".format)
+def test_what_is_a_shift(change, expected, losses):
+    model = network()
+    val = [(change(x), y) for x, y in unseen()]
+    report = audit_batch_norm(model, digits(), val_batches=val, loss=F.cross_entropy if losses else None)
+    assert bool(of_rule(report, "evaluation-shift")) == expected
+
+
+def linear(features):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(features, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
+
+
+def tables(load, standardized):
+    x = torch.as_tensor(load().data, dtype=torch.float32)
+    return ((x - x.mean(0)) / x.std(0) if standardized else x).split(64)
+
+
+@pytest.mark.parametrize("load", [load_wine, load_breast_cancer], ids=lambda load: load.__name__)
+def test_real_tables_need_standardizing(load):
+    raw, standardized = tables(load, False), tables(load, True)
+    assert of_rule(audit_batch_norm(linear(raw[0].shape[1]), raw), "unstandardized-input")
+    assert not of_rule(audit_batch_norm(linear(raw[0].shape[1]), standardized), "unstandardized-input")
+
+
+def test_a_norm_before_the_first_weights_sees_to_it():
+    inputs = [x.flatten(1) for x, _ in in_other_units()]
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 10))
+    assert not of_rule(audit_batch_norm(first, inputs), "unstandardized-input")
+    later = nn.Sequential(nn.Linear(64, 10), nn.BatchNorm1d(10))
+    assert of_rule(audit_batch_norm(later, inputs), "unstandardized-input")
+
+
+@pytest.mark.parametrize(
+    ("scales", "offset", "expected"),
+    [
+        pytest.param((1.0, 1.0, 1.0), 0.0, False, id="standardized"),
+        pytest.param((60.0, 60.0, 60.0), 120.0, False, id="pixels-from-0-to-255"),
+        pytest.param((0.23, 0.22, 0.22), 0.45, False, id="pixels-from-0-to-1"),
+        pytest.param((1.0, 1.0, 30.0), 0.0, True, id="one-channel-in-other-units"),
+        pytest.param((1.0, 1.0, 0.0), 0.0, False, id="one-channel-constant"),
+        pytest.param((1.0, 1.0, 1.0), 300.0, True, id="kelvin"),
+    ],
+)
+def test_channels_of_pictures(scales, offset, expected):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    noise = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    x = noise * torch.tensor(scales).view(3, 1, 1) + offset
+    assert bool(of_rule(audit_batch_norm(model, x.split(16)), "unstandardized-input")) == expected
+
+
+def test_rare_binary_features_are_in_no_other_units():
+    rates = torch.logspace(-3, -0.3, 40)
+    x = (torch.rand(2048, 40, generator=torch.Generator().manual_seed(0)) < rates).float()
+    assert not of_rule(audit_batch_norm(linear(40), x.split(64)), "unstandardized-input")
