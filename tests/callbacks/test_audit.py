@@ -134,15 +134,22 @@ def test_training_is_bitwise_the_training_without(name):
     assert with_audit == trained(LOADERS[name]())
 
 
+def step(module, batch):
+    x, y = batch
+    return F.cross_entropy(module(x + 0.1 * torch.randn_like(x)), y)
+
+
 def test_the_report_is_that_of_the_function_and_is_printed(capsys):
     callback, module = BatchNormAudit(max_batches=4, exclude=["net.6"]), Lit()
     fit(trainer(callback), module, DataLoader(examples(), 8))
-    batches = [(x, y) for x, y in DataLoader(examples(), 8)]
-    expected = audit_batch_norm(module, batches, max_batches=4, exclude=["net.6"])
-    assert callback.report == expected
+    batches = list(DataLoader(examples(), 8))
+    expected = audit_batch_norm(module, batches, step=step, max_batches=4, exclude=["net.6"])
+    assert callback.report.layers == expected.layers
+    assert callback.report.losses == expected.losses
+    assert callback.report.losses.source == "training"
     assert [row.name for row in expected.layers] == ["net.1"]
     assert expected.layers[0].count == 4 * 8 * 9
-    assert str(expected) in capsys.readouterr().out
+    assert str(callback.report) in capsys.readouterr().out
 
 
 def test_gaps_are_logged(tmp_path):
@@ -204,15 +211,28 @@ def dicts(items):
     return {"x": torch.stack([x for x, _ in items]), "y": torch.stack([y for _, y in items])}
 
 
+class NoForwardByHand(NoForward):
+    """Optimizes by itself, so that there is no way left to run it."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("make", "loader", "message"),
     [
-        pytest.param(AsDict, lambda: DataLoader(examples(), 8, collate_fn=dicts), "got a dict.*forward=", id="dict"),
-        pytest.param(NoForward, LOADERS["shuffle"], "NotImplementedError.*forward=", id="no-forward"),
+        pytest.param(NoForwardByHand, LOADERS["shuffle"], "NotImplementedError.*step=", id="no-forward"),
         pytest.param(Cut, LOADERS["shuffle"], "RuntimeError: cut in the audit", id="raises"),
     ],
 )
-def test_an_impossible_audit_warns_and_the_training_stands(make, loader, message):
+def test_an_audit_impossible_with_data_warns_and_the_training_stands(make, loader, message):
     callback, module, twin = BatchNormAudit(), make(), make()
     twin.load_state_dict(module.state_dict())
     for fitted, callbacks in ((twin, ()), (module, (callback,))):
@@ -223,11 +243,16 @@ def test_an_impossible_audit_warns_and_the_training_stands(make, loader, message
     told = [str(entry.message) for entry in caught if "audit was not possible" in str(entry.message)]
     assert len(told) == 1
     assert re.search(message, told[0], re.DOTALL)
-    assert callback.report is None
+    assert callback.report.batches == 0
+    missing = {row.what: row.reason for row in callback.report.not_looked}
+    assert re.search(message, missing["active stage"], re.DOTALL)
+    assert "momentum-convention" not in missing, "the static rules have looked"
     for key, value in module.state_dict().items():
         assert torch.equal(value, twin.state_dict()[key])
-    with pytest.raises(AuditError, match="not possible"):
-        fit(trainer(BatchNormAudit(fail_on="error")), make(), loader())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(AuditError, match="not possible"):
+            trainer(BatchNormAudit(fail_on="error")).fit(make(), loader())
 
 
 @pytest.mark.parametrize(
@@ -257,11 +282,19 @@ def test_data_that_cannot_be_gone_through_twice_are_announced_before_training():
             if self.told_before_training is None:
                 self.told_before_training = [str(entry.message) for entry in caught]
 
-    order = Order()
+    order, callback = Order(), BatchNormAudit()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(BatchNormAudit(), order).fit(Lit(), DataLoader(Stream(), 8))
-    assert any("no BatchNorm audit at the end" in told and "Stream" in told for told in order.told_before_training)
+        trainer(callback, order).fit(Lit(), DataLoader(Stream(), 8))
+    assert any("will run no data through" in told and "Stream" in told for told in order.told_before_training)
+    assert sum("BatchNorm audit" in str(entry.message) for entry in caught) == 1, "told once"
+    missing = {row.what: row.reason for row in callback.report.not_looked}
+    assert "Stream" in missing["active stage"]
+    assert "recorded forward pass" not in missing, "of the first training batch"
+    small = [finding for finding in callback.report.findings if finding.rule == "small-batch"]
+    assert [finding.layer for finding in small] == ["net.6"], "from the settings"
+    with pytest.raises(AuditError, match=r"not possible.*Stream"):
+        fit(trainer(BatchNormAudit(fail_on="error")), Lit(), DataLoader(Stream(), 8))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +322,8 @@ def test_the_audit_runs_in_the_precision_of_the_training():
     fit(trainer(callback, precision="bf16-mixed", max_epochs=1), module, LOADERS["shuffle"]())
     assert callback.report is not None
     audited = [dtype for training, dtype in seen if not training]
-    assert audited == [torch.bfloat16] * 2
+    assert audited[0] == torch.float32  # the recorded pass
+    assert set(audited[1:]) == {torch.bfloat16}
 
 
 def test_an_exception_in_training_is_not_followed_by_an_audit(capsys):
@@ -331,7 +365,9 @@ def test_averaged_weights_are_what_is_audited():
     callback = BatchNormAudit(max_batches=99)
     torch.manual_seed(0)
     fit(trainer(callback, callbacks.WeightAveraging(use_buffers=False)), module, DataLoader(examples(), 8))
-    assert callback.report == audit_batch_norm(module, DataLoader(examples(), 8))
+    assert callback.report.layers == audit_batch_norm(module, DataLoader(examples(), 8), step=step).layers
+    slugs = {finding.rule for finding in callback.report.findings}
+    assert "averaged-weights" in slugs
 
 
 def test_data_moved_by_the_hooks_of_the_module():
@@ -370,16 +406,37 @@ def test_a_module_that_cannot_be_moved_comes_back_whole():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_audit_runs_there_and_the_module_stays_where_lightning_left_it():
+@pytest.mark.parametrize("when", ["end", "validation"])
+def test_on_a_gpu_the_audit_runs_there_and_the_module_stays_where_lightning_left_it(when):
+    from torchmetrics.classification import MulticlassAccuracy
+
     class Noting(Lit):
         devices = ()
+
+        def __init__(self):
+            super().__init__()
+            self.accuracy = MulticlassAccuracy(2)
 
         def forward(self, x):
             self.devices = (*self.devices, x.device.type)
             return super().forward(x)
 
-    callback, module = BatchNormAudit(), Noting()
-    fit(trainer(callback, accelerator="gpu", devices=1), module, LOADERS["shuffle"]())
-    assert callback.report is not None
+        def training_step(self, batch, batch_idx):
+            self.accuracy(self(batch[0]), batch[1])  # whose state Lightning moves to the CPU with the module
+            self.log("accuracy", self.accuracy)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    callback, module = BatchNormAudit(when=when), Noting()
+    fit(
+        trainer(callback, accelerator="gpu", devices=1),
+        module,
+        LOADERS["shuffle"](),
+        val_dataloaders=LOADERS["shuffle"](),
+    )
+    assert callback.report.losses.source == "evaluation"
     assert set(module.devices) == {"cuda"}
     assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
+    assert module.accuracy.tp.device.type == "cpu"

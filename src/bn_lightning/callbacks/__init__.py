@@ -6,6 +6,7 @@ from bn_lightning.callbacks.batch_norm_monitor import BatchNormMonitor
 from bn_lightning.callbacks.convert import ConvertBatchNorm
 from bn_lightning.callbacks.fold import FoldBatchNorm
 from bn_lightning.callbacks.freeze import FreezeBatchNorm
+from bn_lightning.callbacks.recalibrate import RecalibrateBatchNorm
 
 __all__ = [
     "ActivationMonitor",
@@ -14,4 +15,5 @@ __all__ = [
     "ConvertBatchNorm",
     "FoldBatchNorm",
     "FreezeBatchNorm",
+    "RecalibrateBatchNorm",
 ]

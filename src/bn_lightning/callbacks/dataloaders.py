@@ -20,11 +20,12 @@ from torch.utils.data import (
 from bn_lightning.errors import BatchNormError
 from bn_lightning.preservation import preserved_rng
 
-__all__ = ["rebuilt_loader", "rebuilt_train_loader"]
+__all__ = ["rebuilt_loader", "rebuilt_train_loader", "rebuilt_val_loader", "train_loaders"]
 
 _SEED = 0
 _INSTEAD = (
-    "Call the function yourself instead, with batches of your own: bn_lightning.audit_batch_norm(model, batches)."
+    "Call the function yourself instead, with batches of your own: bn_lightning.audit_batch_norm(model, batches), or "
+    "recalibrate_batch_norm."
 )
 
 
@@ -34,7 +35,7 @@ def rebuilt_train_loader(trainer: Any) -> DataLoader[Any]:
     Raises:
         BatchNormError: If the Trainer has no training loader yet or several of them, or one that cannot be rebuilt.
     """
-    loaders = list(_leaves(trainer.train_dataloader))
+    loaders = train_loaders(trainer)
     if len(loaders) != 1:
         what = ", ".join(type(loader).__name__ for loader in loaders) or "none"
         raise BatchNormError(
@@ -42,6 +43,23 @@ def rebuilt_train_loader(trainer: Any) -> DataLoader[Any]:
             f"input comes from cannot be guessed. {_INSTEAD}"
         )
     return rebuilt_loader(loaders[0])
+
+
+def train_loaders(trainer: Any) -> list[Any]:
+    """List the loaders the Trainer trains on, whatever they are collected in; they are not to be drawn from."""
+    return list(_leaves(trainer.train_dataloader))
+
+
+def rebuilt_val_loader(trainer: Any) -> DataLoader[Any] | None:
+    """Build a second loader over the data the Trainer validates on; ``None`` if it validates on none.
+
+    Raises:
+        BatchNormError: If there are several, or it cannot be rebuilt.
+    """
+    loaders = list(_leaves(trainer.val_dataloaders))
+    if len(loaders) > 1:
+        raise BatchNormError(f"there are {len(loaders)} validation DataLoaders, and which one to use cannot be guessed")
+    return rebuilt_loader(loaders[0]) if loaders else None
 
 
 def rebuilt_loader(loader: Any) -> DataLoader[Any]:
