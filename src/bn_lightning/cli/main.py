@@ -18,11 +18,14 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: With status 1 and one sentence if something the user can mend is wrong.
     """
     # Here, so that importing this room brings in neither Lightning nor torchmetrics.
+    from bn_lightning.cli.audit import audit
     from bn_lightning.cli.demo import demo
     from bn_lightning.cli.fold import fold
 
     try:
-        auto_cli({"demo": demo, "fold": fold}, args=arguments, prog="bn-lightning", parser_class=_Parser)
+        auto_cli(
+            {"audit": audit, "demo": demo, "fold": fold}, args=arguments, prog="bn-lightning", parser_class=_Parser
+        )
     except BatchNormError as error:
         sys.exit(f"bn-lightning: {error}")
     except KeyboardInterrupt:

@@ -1,0 +1,140 @@
+"""Audit a network from the command line, with an exit code for CI."""
+
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import nn
+
+from bn_lightning.auditing import AuditReport, audit_batch_norm
+from bn_lightning.cli.network import importable_here, inputs_for, open_network
+from bn_lightning.errors import BatchNormError, first_line
+from bn_lightning.zoo import find_callable, is_zoo_name, read_checkpoint
+
+__all__ = ["audit"]
+
+_FOUND = 3
+
+
+def audit(
+    model: str,
+    checkpoint: str | None = None,
+    data: str | None = None,
+    data_options: dict[str, Any] | None = None,
+    loss: str | None = None,
+    batches: int = 32,
+    fail_on: Literal["error", "warning", "info", "never"] = "error",
+    html: str | None = None,
+    input_size: str | None = None,
+    include: list[str] | str = "",
+    exclude: list[str] | str = "",
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    json: bool = False,
+) -> None:
+    """Tell why evaluation is worse than training, which BatchNorm layers do it, and the cure.
+
+    Exits with 0 if there is no finding as severe as --fail_on, with 3 if there is, and with 1 if the audit could not be
+    made. Without --data only the network and one recorded forward pass are looked at.
+
+    Args:
+        model: timm:NAME, torchvision:NAME, package.module:callable, or package.module:LightningModuleClass with its
+            Lightning checkpoint. For example: bn-lightning audit my.models:Classifier --checkpoint last.ckpt
+            --data my.data:DataModule
+        checkpoint: File of weights, or a Lightning checkpoint; read with weights_only=True.
+        data: package.module:LightningDataModuleClass, or a function that gives training batches, or a pair of training
+            and validation batches.
+        data_options: Arguments of it, as a JSON object; a data module's own come from the checkpoint where it has them.
+        loss: Of output and target: a name of torch.nn.functional, such as cross_entropy, or package.module:function.
+            A LightningModule's training_step is used if this is left out.
+        batches: Audit over at most so many batches.
+        fail_on: The least severe finding to exit with 3 for.
+        html: Write a page with the picture of the gaps along the network to this file.
+        input_size: Of one example, where there is no data, such as 3,224,224.
+        include: Name patterns, with commas between, of the layers to audit; all if left out.
+        exclude: Name patterns, with commas between, of layers to leave out.
+        pretrained: Load the zoo's own weights, which may download them.
+        num_classes: Of the classifier, where it is not the network's default.
+        json: Print one JSON object and nothing else.
+    """
+    with importable_here(model), importable_here(data or "timm:"):
+        network = open_network(model, checkpoint=checkpoint, pretrained=pretrained, num_classes=num_classes)
+        if is_zoo_name(model) and checkpoint is None and not pretrained:
+            print(
+                "bn-lightning: the weights are random; --checkpoint or --pretrained brings trained ones.",
+                file=sys.stderr,
+            )
+        picked: dict[str, Any] = {"include": _patterns(include), "exclude": _patterns(exclude)}
+        if data is None:
+            report = audit_batch_norm(network, example_inputs=inputs_for(network, input_size), **picked)
+        else:
+            train, val = _batches(data, _options(data_options, checkpoint, data))
+            report = audit_batch_norm(
+                network, train, val_batches=val, max_batches=batches, **_judged(network, loss), **picked
+            )
+    _show(report, html, json)
+    if fail_on != "never" and report.exit_code(fail_on):
+        sys.exit(_FOUND)
+
+
+def _show(report: AuditReport, html: str | None, json: bool) -> None:
+    print(report.to_json() if json else report, flush=True)
+    if html is not None:
+        report.save_html(html)
+        print(f"bn-lightning: the page is {html}", file=sys.stderr)
+
+
+def _judged(network: nn.Module, loss: str | None) -> dict[str, Any]:
+    """Return how the loss is read: by ``loss=``, or by a LightningModule's own step."""
+    if loss is not None:
+        named = find_callable(loss) if ":" in loss else getattr(F, loss, None)
+        if not callable(named):
+            raise BatchNormError(
+                f"--loss takes a name of torch.nn.functional or package.module:function, got {loss!r}; for example "
+                "cross_entropy."
+            )
+        return {"loss": named}
+    if hasattr(network, "training_step") and getattr(network, "automatic_optimization", False):
+
+        def step(module: Any, batch: Any) -> Any:
+            with warnings.catch_warnings():  # without a Trainer self.log does nothing but warn
+                warnings.filterwarnings("ignore", message=".*self.log.*")
+                return module.training_step(batch, 0)
+
+        return {"step": step}
+    return {}
+
+
+def _options(given: dict[str, Any] | None, checkpoint: str | None, data: str) -> dict[str, Any]:
+    saved: Any = {}
+    kind = find_callable(data)
+    if checkpoint is not None and isinstance(kind, type):
+        saved = read_checkpoint(checkpoint).get("datamodule_hyper_parameters", {})
+    return {**dict(saved), **(given or {})}
+
+
+def _batches(data: str, options: dict[str, Any]) -> tuple[Iterable[Any], Iterable[Any] | None]:
+    try:
+        made = find_callable(data)(**options)
+        if not hasattr(made, "train_dataloader"):
+            return made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+        made.prepare_data()
+        made.setup("fit")
+        loaders = (made.train_dataloader(), made.val_dataloader())
+    except BatchNormError:
+        raise
+    except Exception as error:
+        raise BatchNormError(f"{data!r} gives no batches: it fails with {first_line(error)}") from error
+    for name, loader in zip(("train", "val"), loaders, strict=True):
+        if isinstance(loader, list | tuple | dict):
+            raise BatchNormError(
+                f"{data!r} has several {name} dataloaders; give a function that returns the batches to audit with."
+            )
+    return loaders
+
+
+def _patterns(given: list[str] | str) -> tuple[str, ...]:
+    parts = given.split(",") if isinstance(given, str) else given
+    return tuple(part.strip() for part in parts if part.strip())
