@@ -11,8 +11,8 @@ demo: .venv/installed  ## train on real digits with every callback, show what it
 test: .venv/installed  ## the whole test suite
 	$(BIN)/python -m pytest
 
-test-all: .venv/installed  ## the same with many more random networks (half an hour)
-	FOLDING_EXAMPLES=5000 $(BIN)/python -m pytest
+test-all: .venv/installed  ## the same with many more random networks and trainings in several processes (half an hour)
+	FOLDING_EXAMPLES=5000 $(BIN)/python -m pytest -m "slow or not slow"
 
 check: .venv/installed  ## lint, formatting, types
 	$(BIN)/ruff check .
@@ -25,6 +25,9 @@ bench: .venv/installed  ## what the README's table quotes
 	$(BIN)/python tests/benchmarks/folding.py
 	$(BIN)/python tests/benchmarks/variants.py
 	$(BIN)/python tests/benchmarks/false_alarms.py
+	$(BIN)/python tests/benchmarks/recalibration.py
+	$(BIN)/python tests/benchmarks/audit_static.py
+	$(BIN)/python tests/benchmarks/audit_passive.py
 
 test-zoo: .venv/installed  ## fold every timm and torchvision network with BN, resumable: make test-zoo ZOO='--minutes 20'
 	PYTHONPATH=tests $(BIN)/python -m zoo $(ZOO)

@@ -1,0 +1,157 @@
+"""Healthy networks for audit_rules.py: zoo networks with consistent statistics, and trainings on real digits."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import lightning.pytorch as pl
+import torch
+from runs import HEALTHY
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from trainings import Training, digits
+
+from bn_lightning import audit_batch_norm, recalibrate_batch_norm
+from bn_lightning.auditing import AuditReport
+from bn_lightning.callbacks import BatchNormAudit
+from bn_lightning.modules import DigitsDataModule
+from bn_lightning.selection import named_batch_norms
+from bn_lightning.zoo import load_zoo_model
+
+# One or two of a family, as small as the family has them.
+ZOO = (
+    "timm:resnet18",
+    "timm:resnet26d",
+    "timm:resnetv2_50",
+    "timm:wide_resnet50_2",
+    "timm:resnext50_32x4d",
+    "timm:seresnet18",
+    "timm:skresnet18",
+    "timm:ecaresnet26t",
+    "timm:densenet121",
+    "timm:dla34",
+    "timm:hrnet_w18_small",
+    "timm:vgg11_bn",
+    "timm:darknet53",
+    "timm:cspresnet50",
+    "timm:efficientnet_b0",
+    "timm:tf_efficientnet_b0",
+    "timm:mobilenetv2_100",
+    "timm:mobilenetv3_small_100",
+    "timm:mnasnet_small",
+    "timm:ghostnet_100",
+    "timm:regnetx_002",
+    "timm:regnety_002",
+    "timm:repvgg_a0",
+    "timm:levit_128s",
+    "timm:inception_v3",
+    "timm:xception41",
+    "torchvision:resnet18",
+    "torchvision:mobilenet_v2",
+    "torchvision:shufflenet_v2_x0_5",
+    "torchvision:googlenet",
+    "torchvision:mnasnet0_5",
+    "torchvision:vgg11_bn",
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A healthy network and the way to its report; ``None`` if it turned out not to be healthy."""
+
+    name: str
+    audit: Callable[[], AuditReport | None]
+
+
+def subjects() -> Iterator[Subject]:
+    """List every healthy subject."""
+    for name in ZOO:
+        yield Subject(name, lambda name=name: audit_zoo(name))
+    for training in HEALTHY:
+        if named_batch_norms(training.network()):
+            yield Subject(training.name, lambda training=training: audit_training(training))
+
+
+def pictures(size: int, number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Make colour pictures of digits, each with a tint and noise of its own, about mean 0 and standard deviation 1."""
+    generator = torch.Generator().manual_seed(seed)
+    images, labels = digits()
+    picked = torch.randperm(len(labels), generator=generator)[:number]
+    grey = nn.functional.interpolate(images[picked], size=(size, size), mode="bilinear")
+    tint = 0.5 + torch.rand(number, 3, 1, 1, generator=generator)
+    return grey * tint + 0.3 * torch.randn(number, 3, size, size, generator=generator), labels[picked]
+
+
+def audit_zoo(name: str) -> AuditReport:
+    """Audit a network with random weights whose running statistics are those of its data."""
+    torch.manual_seed(0)
+    network = load_zoo_model(name)
+    size = {"timm:levit_128s": 224, "timm:inception_v3": 139, "torchvision:googlenet": 96}.get(name, 96)
+    images, labels = pictures(size, 160, 1)
+    train, val = (
+        list(zip(part[0].split(16), part[1].split(16), strict=True))
+        for part in ((images[:128], labels[:128]), (images[128:], labels[128:]))
+    )
+    recalibrate_batch_norm(network.eval(), train)
+    for layer in named_batch_norms(network).values():
+        layer.num_batches_tracked.fill_(10_000)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    return audit_batch_norm(network, train, val_batches=val, loss=nn.functional.cross_entropy, optimizer=optimizer)
+
+
+class Adapted(pl.LightningModule):
+    """A `Training` under the Trainer."""
+
+    def __init__(self, training: Training) -> None:
+        super().__init__()
+        self.training_plan = training
+        self.network = training.network()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = self.training_plan.loss(self.network(images).float(), labels)
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.network(batch[0])
+
+    def configure_optimizers(self):
+        optimizer = self.training_plan.optimizer(self.network.parameters())
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self.training_plan.rate), "interval": "step"}
+        ]
+
+
+def audit_training(training: Training, seed: int = 0) -> AuditReport | None:
+    """Train under the Trainer with the audit, all three stages."""
+    torch.manual_seed(seed)
+    module, audit, data = Adapted(training), BatchNormAudit(), DigitsDataModule()
+    data.setup("fit")
+    loaders = [
+        DataLoader(part, batch_size=training.batch_size, shuffle=shuffle, drop_last=shuffle)
+        for part, shuffle in ((data.train_data, True), (data.val_data, False))
+    ]
+    precision = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[training.dtype]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        max_steps=training.steps,
+        accumulate_grad_batches=training.accumulate,
+        precision=precision,
+        callbacks=[audit],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, *loaders)
+    images, labels = digits()
+    module.eval()
+    with torch.no_grad():
+        accuracy = (module.network(images).argmax(1) == labels).float().mean().item()
+    if audit.report is None:
+        raise RuntimeError(f"no report of {training.name!r}")
+    return audit.report if accuracy >= training.accuracy else None
