@@ -54,7 +54,7 @@ def process(rank, folder):
         "training": told(audit_batch_norm(model, train, **loss)),
         "evaluation": told(audit_batch_norm(model, train, val_batches=val, **loss)),
         "no loss": told(audit_batch_norm(model, train)),
-        "none here": told(audit_batch_norm(model, train if rank == 0 else [], val_batches=[] if rank else val, **loss)),
+        "none here": told(audit_batch_norm(model, [] if rank else train, val_batches=val if rank else [], **loss)),
     }
     found["unchanged"] = all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     found["processes know of each other"] = len(calls) > 0
@@ -140,7 +140,7 @@ def test_readings_and_predictions_are_those_of_all_data(found, what):
         "training": lambda: single(loss=F.cross_entropy),
         "evaluation": lambda: single(loss=F.cross_entropy, val_batches=data(0, VAL) + data(1, VAL)),
         "no loss": lambda: single(),
-        "none here": lambda: told(audit_batch_norm(build(), data(0), val_batches=data(0, VAL), loss=F.cross_entropy)),
+        "none here": lambda: told(audit_batch_norm(build(), data(0), val_batches=data(1, VAL), loss=F.cross_entropy)),
     }[what]()
     for mine in found:
         near(mine[what], expected)

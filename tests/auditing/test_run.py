@@ -11,7 +11,7 @@ from auditing import slow_readings as slow
 from torch import nn
 
 from bn_lightning.auditing import audit_batch_norm
-from bn_lightning.auditing.run import examples_in
+from bn_lightning.auditing.run import Run, examples_in
 from bn_lightning.errors import AuditError
 
 Pair = collections.namedtuple("Pair", ["x", "y"])
@@ -239,6 +239,30 @@ def test_a_compiled_network_runs_as_it_is_written(plain):
     )
     assert report.losses.deployed.mean == pytest.approx(plain.losses.deployed.mean)
     assert all(row.predicted_loss_change is not None for row in report.layers)
+
+
+def test_batches_and_targets_are_moved_to_the_network():
+    network, seen = nn.Linear(2, 1, device="meta"), []
+
+    def step(model, batch):
+        seen.extend([batch["pair"].x, batch["pair"].y[0]["z"]])
+        return model(batch["pair"].x).mean()
+
+    assert Run(step=step)(network, {"pair": Pair(torch.ones(3, 2), ({"z": torch.ones(1)}, "name"))}).is_meta
+    target = [{"z": torch.ones(3, 1)}]
+    assert Run(loss=lambda output, target: (seen.append(target[0]["z"]), output.mean())[1])(
+        network, (torch.ones(3, 2), target)
+    ).is_meta
+    assert [tensor.device.type for tensor in seen] == ["meta"] * 3
+    assert target[0]["z"].device.type == "cpu", "the owner's is as it was"
+
+
+def test_names_of_layers_are_no_patterns():
+    """A ``ModuleDict`` may hold keys in brackets, which as patterns would match others, or nothing."""
+    model = nn.Sequential(nn.ModuleDict({"bn[0]": nn.BatchNorm1d(3), "bn0": nn.BatchNorm1d(3)}))
+    batches = [torch.randn(8, 3, generator=torch.Generator().manual_seed(0))]
+    report = audit_batch_norm(model, batches, forward=lambda model, x: model[0]["bn0"](model[0]["bn[0]"](x)))
+    assert {row.name: row.count for row in report.layers} == {"0.bn[0]": 8, "0.bn0": 8}
 
 
 def test_examples_are_counted_by_the_first_tensor():

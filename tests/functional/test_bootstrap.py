@@ -51,9 +51,11 @@ def test_mean_is_weighed():
 
 def test_three_values_have_an_interval_of_their_own_size():
     """One draw in nine is of one value alone, and its standard error nothing but rounding."""
-    mean, low, high = mean_interval(torch.tensor([0.1, 0.2, 0.4]), torch.ones(3))
-    assert 0.3 < mean - low < 3
-    assert 0.3 < high - mean < 3
+    for values in torch.randn(20, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64):
+        mean, low, high = mean_interval(values, torch.ones(3))
+        error = float(values.std(correction=1)) / math.sqrt(3)
+        assert 4 < (mean - low) / error < 100  # Student's t is 4.3
+        assert 4 < (high - mean) / error < 100
 
 
 def test_many_values_have_the_normal_interval():

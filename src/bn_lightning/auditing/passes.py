@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from glob import escape
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Passes:
                 batches,
                 max_batches=max(len(batches), 1),
                 forward=forward,
-                include=tuple(self.layers),
+                include=tuple(map(escape, self.layers)),  # names, not patterns
                 on_single_value=self.single_values.append,
             )
         return populations, losses
