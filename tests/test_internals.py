@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from bn_lightning.internals import (
     DropoutBase,
@@ -20,6 +21,7 @@ from bn_lightning.internals import (
     gradient_scale,
     hooks_on,
     in_backward,
+    in_reentrant_checkpoint,
     is_compiled,
     logging_step,
     never_compiled,
@@ -125,6 +127,21 @@ def test_graph_task_of_a_backward_pass():
     y.register_hook(lambda _: seen.append(in_backward()))
     y.backward()
     assert (seen, in_backward()) == ([True], False)
+
+
+def test_callers_of_a_reentrant_checkpoint():
+    seen = []
+
+    def body(x):
+        seen.append(in_reentrant_checkpoint())
+        return 2 * x
+
+    x = torch.ones(1, requires_grad=True)
+    checkpoint(body, x * 1, use_reentrant=True).backward()
+    checkpoint(body, x * 1, use_reentrant=False)
+    with torch.no_grad(), pytest.warns(UserWarning, match="None of the inputs"):
+        checkpoint(body, x * 1, use_reentrant=True)
+    assert seen == [True, False, False, False]
 
 
 def test_networks_that_weight_averaging_saves():

@@ -31,6 +31,7 @@ __all__ = [
     "gradient_scale",
     "hooks_on",
     "in_backward",
+    "in_reentrant_checkpoint",
     "in_transform",
     "is_compiled",
     "logging_step",
@@ -102,6 +103,20 @@ def in_backward() -> bool:
     """Tell whether a backward pass runs, as where activation checkpointing recomputes (``_current_graph_task_id``)."""
     current = getattr(torch._C, "_current_graph_task_id", None)
     return current is not None and current() != -1
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Tell whether this is the forward pass, without gradients, of ``checkpoint(…, use_reentrant=True)``.
+
+    It will be computed again in the backward pass, unless none of the inputs needs a gradient
+    (``CheckpointFunction.forward``, looked for among the callers).
+    """
+    function = getattr(sys.modules.get("torch.utils.checkpoint"), "CheckpointFunction", None)
+    code = getattr(getattr(function, "forward", None), "__code__", None)
+    frame = None if code is None else sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None and any(getattr(frame.f_locals.get("ctx"), "needs_input_grad", ()))
 
 
 def in_transform(tensor: Tensor) -> bool:

@@ -88,6 +88,11 @@ def process(rank, folder):
         (row.name, row.predicted_loss_change is None, row.confirmed_loss_change is None)
         for row in sorted(audit_batch_norm(lopsided, train, **loss).layers, key=lambda row: row.name)
     ]
+    # Each of these processes has data of its own scale: with dropout and without have to be those of the same data.
+    dropped = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4)).train()
+    x = 10.0**rank * torch.randn(512, 4, generator=torch.Generator().manual_seed(rank))
+    report = audit_batch_norm(dropped, [(x, x)], loss=F.mse_loss)
+    found["dropout"] = [f.evidence["variance_ratio"] for f in report.findings if f.rule == "dropout-before-norm"]
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
     distributed.destroy_process_group()
 
@@ -132,6 +137,12 @@ def near(one, other):
         assert one == pytest.approx(other, rel=1e-9, abs=1e-12)
     else:
         assert one == other
+
+
+def test_dropout_is_measured_over_the_data_of_all(found):
+    """Zeros for half of the values and twice the rest have twice the variance."""
+    (own,), (other,) = (each["dropout"] for each in found)
+    assert own == other == pytest.approx(2, rel=0.1)
 
 
 @pytest.mark.parametrize("what", ["training", "evaluation", "no loss", "none here"])

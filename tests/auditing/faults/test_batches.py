@@ -75,7 +75,36 @@ def test_positions_count_as_values():
 
 def test_the_true_batch_under_accumulation_is_stated():
     found = of_rule(FAULTS["small-batch"](), "small-batch")["2"]
-    assert "4 examples, though an optimizer step sees 32 in each process (accumulate_grad_batches=8)" in found.message
+    assert "4 examples, though an optimizer step sees 32 (accumulate_grad_batches=8)" in found.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "size", "normalized", "step"),
+    [
+        pytest.param("ghost", {"virtual_batch_size": 8}, 64, 8, 64 * 4 * 2, id="ghost"),
+        pytest.param("cross_replica", {}, 4, 8, 4 * 4 * 2, id="cross-replica"),
+        pytest.param("debiased", {}, 4, 4, 4 * 4 * 2, id="own-batch"),
+    ],
+)
+@pytest.mark.parametrize("with_data", [True, False], ids="data={}".format)
+def test_a_step_sees_all_groups_of_all_processes(kind, options, size, normalized, step, with_data):
+    model, x = perceptron(), torch.randn(3 * size, 1, 8, 8, generator=seeded())
+    convert_batch_norm(model, kind, **options)
+    training = TrainingSettings(batch_size=size, accumulate_grad_batches=4, processes=2)
+    batches = x.split(size) if with_data else None
+    report = audit_batch_norm(model, batches, example_inputs=x[:2], training=training)
+    found = of_rule(report, "small-batch")["2"]
+    assert f"is {normalized} examples, though an optimizer step sees {step} " in found.message
+    assert "(accumulate_grad_batches=4 in 2 processes)" in found.message
+
+
+@pytest.mark.parametrize(("processes", "values"), [(1, 8), (2, 16), (4, None)], ids=str)
+def test_processes_that_audit_together_are_those_that_normalize_together(monkeypatch, processes, values):
+    monkeypatch.setattr("bn_lightning.auditing.audit.count_processes", lambda: processes)
+    model, x = perceptron(), torch.randn(48, 1, 8, 8, generator=seeded())
+    convert_batch_norm(model, "cross_replica")
+    found = of_rule(audit_batch_norm(model, x.split(8)), "small-batch")
+    assert {name: f.evidence["values_per_channel"] for name, f in found.items()} == ({"2": values} if values else {})
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ def test_a_training_with_the_fault_is_found_at_its_layer():
     found = of_rule(FAULTS["device-mismatch"]())
     assert {name: finding.severity for name, finding in found.items()} == {"0.4": "error"}
     assert found["0.4"].evidence["place"] == "cpu, float32, channels_last"
+    assert found["0.4"].evidence["tolerance"] == pytest.approx(1e-4)
+    assert "0.0001" in found["0.4"].threshold
 
 
 def test_the_same_layer_in_contiguous_memory_is_right():

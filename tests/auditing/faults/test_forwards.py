@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from auditing.faults.catalogue_forwards import FAULTS, Checkpointed, audit_of_step, beside, with_targets
 from auditing.faults.digits_training import digits, fit, network
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bn_lightning import paused_statistics
 from bn_lightning.auditing import LayerHistory, TrainingHistory, audit_batch_norm
@@ -66,6 +67,36 @@ def test_paused_statistics_in_the_second_pass_of_checkpointing():
     fit(model, batches)
     report = audit_batch_norm(model.eval(), batches, loss=F.cross_entropy)
     assert not of_rule(report, "checkpoint-recompute")
+
+
+class Reentrant(nn.Module):
+    """Checkpoints what is behind the first block in torch's older way, whose forward pass runs without gradient."""
+
+    def __init__(self):
+        super().__init__()
+        whole = network()
+        self.stem, self.body, self.head = whole[0][:3], whole[0][3:], whole[1:]
+
+    def forward(self, x):
+        return self.head(checkpoint(self.body, self.stem(x), use_reentrant=True))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(
+    ("step", "extra"),
+    [
+        pytest.param(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), [], id="once"),
+        pytest.param(with_targets, ["stem.1", "body.4"], id="and-once-without-gradient"),
+    ],
+)
+def test_reentrant_checkpoints_are_computed_again_and_are_no_extra_pass(step, extra):
+    torch.manual_seed(0)
+    model = Reentrant()
+    report = audit_batch_norm(model, digits()[:4], step=step)
+    assert {name: f.evidence["backward_updates"] for name, f in of_rule(report, "checkpoint-recompute").items()} == {
+        "body.4": 1.0
+    }
+    assert sorted(of_rule(report, "extra-forward")) == sorted(extra)
 
 
 def test_distance_of_a_shared_layers_inputs():

@@ -61,6 +61,48 @@ def test_what_is_a_shift(change, expected, losses):
     assert bool(of_rule(report, "evaluation-shift")) == expected
 
 
+def with_input_norm():
+    """Build the network behind a BN of its own, to which the place of a pixel is nothing; the next BN is ``1.1``."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.BatchNorm2d(1), *network())
+
+
+@pytest.mark.parametrize(
+    ("change", "losses", "expected"),
+    [
+        pytest.param(lambda x: x.transpose(2, 3), True, ["1.1"], id="transposed"),
+        pytest.param(lambda x: x.transpose(2, 3), False, [], id="transposed-without-a-loss"),
+        pytest.param(lambda x: x, True, [], id="the-same"),
+        pytest.param(lambda x: x + 1.0, True, ["0"], id="brighter"),
+    ],
+)
+def test_a_shift_that_only_deeper_layers_and_the_loss_see(change, losses, expected):
+    model = with_input_norm()
+    fit(model, digits())
+    val = [(change(x), y) for x, y in unseen()]
+    report = audit_batch_norm(model.eval(), digits(), val_batches=val, loss=F.cross_entropy if losses else None)
+    assert list(of_rule(report, "evaluation-shift")) == expected
+
+
+@pytest.mark.parametrize("size", [2, 8], ids="examples={}".format)
+def test_few_unseen_examples_are_no_shift_of_deeper_layers(size):
+    model = with_input_norm()
+    fit(model, digits())
+    for number in range(4):
+        x, y = unseen()[number]
+        report = audit_batch_norm(model.eval(), digits(), val_batches=[(x[:size], y[:size])], loss=F.cross_entropy)
+        assert not of_rule(report, "evaluation-shift")
+
+
+def test_a_network_that_knows_its_training_data_by_heart_is_no_shift():
+    """Its deeper layers see other statistics of unseen data, which are no cure."""
+    model, few = with_input_norm(), [(x[:8], y[:8]) for x, y in digits()[:4]]
+    fit(model, few * 60)
+    report = audit_batch_norm(model.eval(), few, val_batches=unseen(), loss=F.cross_entropy)
+    assert report.losses.recalibrated.mean > 2 * audit_batch_norm(model, few, loss=F.cross_entropy).losses.deployed.mean
+    assert not of_rule(report, "evaluation-shift")
+
+
 def linear(features):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(features, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))

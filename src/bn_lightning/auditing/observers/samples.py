@@ -21,11 +21,12 @@ from bn_lightning.layers.ghost import GhostBatchNorm
 from bn_lightning.layers.kinds import has_activation, is_plain
 from bn_lightning.preservation import preserved_rng, without_autocast
 
-__all__ = ["DeviceError", "SampleObserver", "compare_with_float64"]
+__all__ = ["FLOOR", "ROUNDINGS", "DeviceError", "SampleObserver", "compare_with_float64"]
 
 # What a sample has at most, in elements; and of the examples.
 _ELEMENTS, _EXAMPLES = 2**15, 16
-_FLOOR, _ROUNDINGS = 1e-4, 16
+# What is tolerated, relative to the scale: the larger of this and so many times the dtype's rounding.
+FLOOR, ROUNDINGS = 1e-4, 16
 # Of a class of the user's, this share of the channels' gradients is overlooked, one at least: an activation inside it
 # may have a kink, and a value on it, on whose side rounding decides, changes the gradient of its whole channel.
 _KINKS = 0.1
@@ -117,7 +118,7 @@ def compare_with_float64(layer: _BatchNorm, x: Tensor) -> DeviceError:
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
     # Where the mean is large, rounding it moves what is left when it is subtracted.
     offset = (moments.mean.abs() / (moments.var(correction=0) + layer.eps).sqrt()).max()
-    tolerance = max(_FLOOR, _ROUNDINGS * coarsest * (1 + float(offset)))
+    tolerance = max(FLOOR, ROUNDINGS * coarsest * (1 + float(offset)))
     return DeviceError(forward, backward, f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}, {kind}", tolerance)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.auditing.observer import Observer, each_input
-from bn_lightning.internals import in_backward
+from bn_lightning.internals import in_backward, in_reentrant_checkpoint
 
 __all__ = ["LayerTraffic", "TrafficObserver"]
 
@@ -21,9 +21,10 @@ class LayerTraffic:
     """How often a layer runs, a batch.
 
     Attributes:
-        with_gradient: In the forward pass, recorded for the backward pass.
+        with_gradient: In the forward pass, recorded for the backward pass or to be computed again in it.
         without_gradient: In the forward pass, under ``torch.no_grad()``.
-        recomputed: During the backward pass, unless its statistics are paused there.
+        recomputed: During the backward pass, unless its statistics are paused there. The reading of the audit may not
+            get that far with ``checkpoint(…, use_reentrant=True)``: what runs in one counts as computed again.
         moving: Calls of the whole step that move running statistics when all of the model is in training mode: those
             under ``model.eval()`` or with paused statistics do not.
     """
@@ -73,7 +74,7 @@ class TrafficObserver(Observer):
             name: LayerTraffic(
                 self._whole[name, "with gradient"] / batches,
                 self._whole[name, "without gradient"] / batches,
-                self._whole[name, "backward"] / batches,
+                max(self._whole[name, "backward"], self._whole[name, "reentrant"]) / batches,
                 self._whole[name, "moving"] / trained,
             )
             for name in dict.fromkeys(name for name, _ in self._whole)
@@ -84,6 +85,12 @@ class TrafficObserver(Observer):
         paused = layer.running_mean is not self._buffers[name]
         if self._pass == "full_training":
             self._pending[name, "moving"] += layer.training and layer.track_running_stats and not paused
-        elif not (paused and in_backward()):
-            when = "backward" if in_backward() else "with gradient" if torch.is_grad_enabled() else "without gradient"
-            self._pending[name, when] += 1
+        elif in_backward():
+            self._pending[name, "backward"] += not paused
+        elif torch.is_grad_enabled():
+            self._pending[name, "with gradient"] += 1
+        elif in_reentrant_checkpoint():
+            self._pending[name, "with gradient"] += 1
+            self._pending[name, "reentrant"] += 1
+        else:
+            self._pending[name, "without gradient"] += 1

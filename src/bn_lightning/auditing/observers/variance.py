@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bn_lightning.auditing.exchange import from_everyone
 from bn_lightning.auditing.observer import Observer, each_input
 from bn_lightning.functional import ChannelMoments, batch_moments
 from bn_lightning.recalibration import LayerPopulation
@@ -41,15 +42,26 @@ class TrainingVarianceObserver(Observer):
     def ratios(self, same_batches: Mapping[str, LayerPopulation]) -> dict[str, float]:
         """Compare with the same batches without dropout: the ratio of variances, geometric mean over channels.
 
-        Channels that are constant in either are left out; a layer without any other is too.
+        Channels that are constant in either are left out; a layer without any other is too. Several processes compare
+        the batches of all with the batches of all.
         """
+        seen: dict[str, ChannelMoments] = {}
+        for part in from_everyone(self._on_cpu):
+            for name, moments in part.items():
+                seen[name] = seen[name].merge(moments) if name in seen else moments
         found = {}
-        for name, moments in self._seen.items():
+        for name, moments in seen.items():
             if name not in same_batches or same_batches[name].moments.count == 0:
                 continue
             with_dropout, without = moments.var(correction=0), same_batches[name].moments.var(correction=0)
-            ratio = (with_dropout / without.to(with_dropout)).cpu().double()
+            ratio = with_dropout / without.cpu().double()
             ratio = ratio[torch.isfinite(ratio) & (ratio > 0)]
             if len(ratio):
                 found[name] = float(ratio.log().mean().exp())
         return found
+
+    def _on_cpu(self) -> dict[str, ChannelMoments]:
+        return {
+            name: ChannelMoments(each.count, each.mean.cpu().double(), each.m2.cpu().double())
+            for name, each in self._seen.items()
+        }

@@ -39,12 +39,13 @@ def _find_small(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
         noise = _noise(reading.seen.calls.get(row.name), row, examples)
         if values >= _FEW_VALUES and not (noise is not None and noise > _NOISE):
             continue
+        batch_size = _batch_size(reading, row)
         yield rule.finding(
             row.name,
             f"a batch of {examples:g} examples gives {values:g} values per channel to normalize by"
             + ("" if noise is None else f", and its means spread by {noise**0.5:.2g} σ from batch to batch")
             + ": training sees noise that evaluation does not"
-            + _accumulated(reading, examples),
+            + _accumulated(reading, examples, batch_size),
             {"examples": examples, "values_per_channel": values, "noise_variance": noise},
             _LARGER,
             severity="warning" if values < _TOO_FEW_VALUES else "info",
@@ -54,22 +55,36 @@ def _find_small(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
 def _values(reading: AuditReading, row: LayerReading) -> tuple[float, float] | None:
     """Tell over how many examples and values per channel a layer normalizes, from the data or the settings."""
     calls = reading.seen.calls.get(row.name)
-    training = reading.training
+    examples = _batch_size(reading, row)
+    if examples is None:
+        return None
     if calls is not None:
-        examples, values = calls.typical_examples, calls.typical_values
-    elif training is not None and training.batch_size is not None:
+        values = calls.typical_values
+    else:
         each = _values_per_example(reading, row.name)
         if each is None:
             return None
-        examples, values = float(training.batch_size), float(training.batch_size * each)
-    else:
-        return None
+        values = examples * each
     layer, factor = row.layer, 1.0
     if isinstance(layer, GhostBatchNorm):
         factor = min(1.0, layer.virtual_batch_size / examples)
-    elif isinstance(layer, CrossReplicaBatchNorm | torch.nn.SyncBatchNorm) and training is not None:
-        factor = float(training.processes)
+    elif isinstance(layer, CrossReplicaBatchNorm | torch.nn.SyncBatchNorm):
+        factor = float(_processes(reading))
     return examples * factor, values * factor
+
+
+def _batch_size(reading: AuditReading, row: LayerReading) -> float | None:
+    """Tell how many examples one process gives a layer in one forward pass."""
+    calls = reading.seen.calls.get(row.name)
+    if calls is not None:
+        return calls.typical_examples
+    known = None if reading.training is None else reading.training.batch_size
+    return None if known is None else float(known)
+
+
+def _processes(reading: AuditReading) -> int:
+    """Count those that train together; if that is unknown, those that audit together."""
+    return reading.processes if reading.training is None else reading.training.processes
 
 
 def _values_per_example(reading: AuditReading, name: str) -> int | None:
@@ -93,14 +108,15 @@ def _noise(calls: LayerCalls | None, row: LayerReading, examples: float) -> floa
     return float(share.mean()) if len(share) else None
 
 
-def _accumulated(reading: AuditReading, examples: float) -> str:
+def _accumulated(reading: AuditReading, examples: float, batch_size: float | None) -> str:
     training = reading.training
-    if training is None or training.accumulate_grad_batches <= 1:
+    if training is None or batch_size is None or training.accumulate_grad_batches <= 1:
         return ""
+    number, processes = training.accumulate_grad_batches, training.processes
     return (
         f". The true batch of BatchNorm is {examples:g} examples, though an optimizer step sees "
-        f"{examples * training.accumulate_grad_batches:g} in each process "
-        f"(accumulate_grad_batches={training.accumulate_grad_batches})"
+        f"{batch_size * number * processes:g} (accumulate_grad_batches={number}"
+        + (f" in {processes} processes)" if processes > 1 else ")")
     )
 
 

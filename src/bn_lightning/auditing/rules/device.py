@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from bn_lightning.auditing.finding import Finding
+from bn_lightning.auditing.observers.samples import FLOOR, ROUNDINGS
 from bn_lightning.auditing.reading import AuditReading
 from bn_lightning.auditing.rules.rule import Rule
 
@@ -33,7 +34,7 @@ RULES = (
     Rule(
         "device-mismatch",
         "error",
-        "error relative to the scale > 1e-3 and > 16 times the dtype's rounding, the offset counted",
+        f"error relative to the scale > {FLOOR:g} and > {ROUNDINGS} times the dtype's rounding, the offset counted",
         _find_mismatch,
         ("data",),
     ),

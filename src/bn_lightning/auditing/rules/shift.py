@@ -5,42 +5,62 @@ from collections.abc import Iterator
 import torch
 
 from bn_lightning.auditing.finding import Finding
-from bn_lightning.auditing.reading import AuditReading
+from bn_lightning.auditing.reading import AuditReading, LayerReading
 from bn_lightning.auditing.rules.rule import Rule
 from bn_lightning.functional import channel_gap, layer_gap
 
 __all__ = ["RULES"]
 
-# Of the first BN's output, in standard deviations, and in standard errors of so many examples.
+# Of a BN's output, in standard deviations, and in standard errors of so many examples.
 _SHIFT, _ERRORS = 0.25, 4.0
+# Of the recalibrated loss, what the evaluation inputs' own statistics save where their difference is no trifle.
+_COST = 0.1
 # Between scales; of many the extremes are left out. And of a mean, in standard deviations.
 _RATIO, _MANY, _FAR = 10.0, 10, 10.0
 
 
 def _find_shift(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
-    first = next((name for name in reading.seen.calls if name in reading.evaluation), None)
-    row = next((each for each in reading.layers if each.name == first), None)
-    if first is None or row is None or row.population is None:
-        return
-    train, evaluation = row.population.moments, reading.evaluation[first].moments
-    if train.count < 2 or evaluation.count < 2:
-        return
-    var = train.var(correction=1)
-    distance = channel_gap(train.mean, var, evaluation.mean, evaluation.var(correction=1), row.layer.eps)
-    gap = float(layer_gap(distance, None))
-    error = _standard_error(reading, first, var.cpu().double() + row.layer.eps)
-    if not gap >= _SHIFT or (error is not None and gap < _ERRORS * error):
-        return
+    rows = {row.name: row for row in reading.layers}
+    in_order = [rows[name] for name in reading.seen.calls if name in reading.evaluation and name in rows]
     loss = None if reading.losses is None else reading.losses.difference("domain shift")
     costs = "" if loss is None else f"; statistics of the evaluation inputs would change the loss by {-loss.mean:+.3g}"
-    yield rule.finding(
-        first,
-        f"the evaluation inputs differ from the training inputs: at the first BatchNorm by {gap:.2g} standard "
-        f"deviations of its output{costs}",
-        {"gap": gap, "standard_error": error, "domain_shift": None if loss is None else loss.mean},
-        "give both the same preprocessing (normalization, channel order, resizing); if the domain is meant to differ, "
-        'bn_lightning.convert_batch_norm(model, "adaptive") or "domain"',
-    )
+    # Deeper layers differ also because a network knows what it was trained on: only where that is what it costs.
+    for place, row in enumerate(in_order if _is_costly(reading) else in_order[:1]):
+        found = _distance(reading, row)
+        if found is None:
+            continue
+        gap, error = found
+        if not gap >= _SHIFT or (gap < _ERRORS * error if error is not None else place > 0):
+            continue
+        yield rule.finding(
+            row.name,
+            f"the evaluation inputs differ from the training inputs: at {'this' if place else 'the first'} BatchNorm "
+            f"by {gap:.2g} standard deviations of its output{costs}",
+            {"gap": gap, "standard_error": error, "domain_shift": None if loss is None else loss.mean},
+            "give both the same preprocessing (normalization, channel order, orientation, resizing); if the domain is "
+            'meant to differ, bn_lightning.convert_batch_norm(model, "adaptive") or "domain"',
+        )
+        return
+
+
+def _is_costly(reading: AuditReading) -> bool:
+    """Tell whether the evaluation inputs' own statistics make the loss evidently and considerably smaller."""
+    if reading.losses is None:
+        return False
+    loss = reading.losses.difference("domain shift")
+    return loss is not None and loss.is_evident and loss.mean >= _COST * abs(reading.losses.recalibrated.mean)
+
+
+def _distance(reading: AuditReading, row: LayerReading) -> tuple[float, float | None] | None:
+    """Give the gap between training and evaluation at a layer, and its standard error if that is known."""
+    if row.population is None:
+        return None
+    train, evaluation = row.population.moments, reading.evaluation[row.name].moments
+    if train.count < 2 or evaluation.count < 2:
+        return None
+    var = train.var(correction=1)
+    distance = channel_gap(train.mean, var, evaluation.mean, evaluation.var(correction=1), row.layer.eps)
+    return float(layer_gap(distance, None)), _standard_error(reading, row.name, var.cpu().double() + row.layer.eps)
 
 
 def _standard_error(reading: AuditReading, name: str, var: torch.Tensor) -> float | None:
@@ -98,7 +118,8 @@ RULES = (
     Rule(
         "evaluation-shift",
         "warning",
-        f"training against evaluation inputs ≥ {_SHIFT:g} output std and ≥ {_ERRORS:g} standard errors at the first BN",
+        f"training against evaluation inputs ≥ {_SHIFT:g} output std and ≥ {_ERRORS:g} standard errors at the first "
+        f"BN; at any, where their own statistics evidently save ≥ {_COST:.0%} of the loss",
         _find_shift,
         ("evaluation",),
     ),
