@@ -99,7 +99,8 @@ def test_reentrant_checkpoints_are_computed_again_and_are_no_extra_pass(step, ex
     assert sorted(of_rule(report, "extra-forward")) == sorted(extra)
 
 
-def test_distance_of_a_shared_layers_inputs():
+@pytest.mark.parametrize("size", [256, 4096], ids="examples={}".format)
+def test_distance_of_a_shared_layers_inputs(size):
     """Two calls whose inputs are N(0, 1) and N(2, 1): the mixture is N(1, 2)."""
 
     class Twice(nn.Module):
@@ -110,7 +111,7 @@ def test_distance_of_a_shared_layers_inputs():
         def forward(self, x):
             return self.bn(x) + self.bn(x + 2)
 
-    x = torch.randn(4096, 3, generator=torch.Generator().manual_seed(0)).split(256)
+    x = torch.randn(4096, 3, generator=torch.Generator().manual_seed(0)).split(size)
     found = of_rule(audit_batch_norm(Twice(), x), "shared-layer")["bn"]
     # Evaluation gives (z ∓ 1)/√2 for z of each: an error of √((1/√2 - 1)² + 1/2).
     assert found.evidence["distance"] == pytest.approx(((0.5**0.5 - 1) ** 2 + 0.5) ** 0.5, rel=0.03)

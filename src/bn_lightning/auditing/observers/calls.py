@@ -83,7 +83,7 @@ class _Call:
 
 
 class CallObserver(Observer):
-    """Reads every input once, for its examples' means; a layer that runs several times a batch also for its variance.
+    """Reads every input once, for its examples' means; where a layer may run several times a batch its moments too.
 
     Means are added in float32 at least: 1e-6 of a channel's own mean is as fine as they tell batches apart.
     """
@@ -130,7 +130,9 @@ class CallObserver(Observer):
         calls = self._pending.setdefault(name, [])
         if calls:
             self._shared.add(name)
-        moments = batch_moments(x) if name in self._shared else None
+        # In a layer's first batch it is not known yet whether another call comes.
+        first = name not in self._batches[self._pass]
+        moments = batch_moments(x) if first or name in self._shared else None
         narrow = x.dtype in (torch.float16, torch.bfloat16)
         each = x if x.dim() == 2 else x.mean(tuple(range(2, x.dim())), dtype=torch.float32 if narrow else None)
         each = each.to(accumulation_dtype(x.device))
