@@ -15,7 +15,8 @@ from bn_lightning.auditing.finding import SEVERITIES, Finding
 from bn_lightning.auditing.history import TrainingHistory
 from bn_lightning.auditing.observers import Observers
 from bn_lightning.auditing.reading import AuditReading, read_layer
-from bn_lightning.auditing.report import AuditReport, NotLooked, gap_row
+from bn_lightning.auditing.report import AuditReport
+from bn_lightning.auditing.rows import NotLooked, gap_row
 from bn_lightning.auditing.rules import RULES
 from bn_lightning.auditing.rules.rule import SOURCES, Rule
 from bn_lightning.auditing.run import Run

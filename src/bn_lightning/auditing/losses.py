@@ -1,11 +1,13 @@
 """The loss on identical samples under five readings, and what their differences are."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bn_lightning.functional.bootstrap import mean_interval
+from bn_lightning.reports.intervals import interval_in_words
 
 __all__ = ["LossChange", "LossDifference", "LossReading", "LossReadings", "compare_losses"]
 
@@ -110,16 +112,7 @@ class LossReadings:
 
     def sentences(self) -> list[str]:
         """Say what the differences are, in words, each with its interval."""
-        told = []
-        for each in self.differences:
-            name, (low, high) = each.name[:1].upper() + each.name[1:], (each.low, each.high)
-            what = f"{each.higher.replace('_', ' ')} less {each.lower.replace('_', ' ')}"
-            if each.is_evident:
-                does = "costs" if each.mean > 0 else "gains"
-                told.append(f"{name} {does} {abs(each.mean):.3g}: {what} is {each.mean:+.3g} [{low:+.3g}, {high:+.3g}]")
-            else:
-                told.append(f"{name}: no evidence ({what} is {each.mean:+.3g} [{low:+.3g}, {high:+.3g}])")
-        return told
+        return [_sentence(each) for each in self.differences]
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values."""
@@ -130,6 +123,19 @@ class LossReadings:
             **{name: values[name].to_dict() if name in values else None for name in _READINGS},
             "differences": [each.to_dict() for each in self.differences],
         }
+
+
+def _sentence(difference: LossDifference) -> str:
+    name, mean, low, high = difference.name, difference.mean, difference.low, difference.high
+    what = f"{difference.higher} less {difference.lower}".replace("_", " ")
+    if not math.isfinite(mean):
+        return f"{name}: unknown, since {what} is not finite"
+    if not difference.is_evident:
+        return f"{name}: no evidence, since {what} is {interval_in_words(mean, low, high)}, which covers 0"
+    if mean < 0:
+        mean, low, high = -mean, -high, -low
+    does = ("cost" if difference.mean > 0 else "gain") + ("" if name.endswith("s") else "s")
+    return f"{name} {does} {interval_in_words(mean, low, high)}: {what}"
 
 
 _READINGS = ("full_training", "batch_statistics", "recalibrated", "deployed", "evaluation_statistics")

@@ -1,96 +1,134 @@
-"""The audit as one HTML file that needs nothing else."""
+"""The audit as a page that needs nothing else, and as what a notebook shows."""
 
-import base64
 import html
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from bn_lightning.auditing.finding import Finding
-from bn_lightning.auditing.losses import LossReadings
-from bn_lightning.reports.heatmap import figure_png
+from bn_lightning.auditing.console import told_change
+from bn_lightning.auditing.pictures import gap_figure, loss_figure
+from bn_lightning.auditing.words import (
+    APPLY,
+    GAP,
+    READINGS,
+    FindingGroup,
+    evidence_in_words,
+    grouped,
+    headline,
+    named,
+    next_step,
+    reasons,
+    verdict,
+    worst_gap,
+)
+from bn_lightning.reports.document import document, fragment, picture, table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from bn_lightning.auditing.losses import LossReadings
+    from bn_lightning.auditing.report import AuditReport
 
-__all__ = ["page"]
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222;
-       background: #fff; }
-h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; margin: .5rem 0; } caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-th, td { border-bottom: 1px solid #ddd; padding: .2rem .6rem; text-align: left; vertical-align: top; }
-pre { background: #f4f4f4; padding: .5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-img { max-width: 100%; } .error { color: #b3261e; } .warning { color: #a85f00; } .info { color: #1f5fa8; }
-.small { color: #555; font-size: 13px; } @media print { body { margin: 0; max-width: none; } }
-"""
+__all__ = ["to_fragment", "to_page"]
 
 
-def page(
-    title: str,
-    verdict: str,
-    groups: list[list[Finding]],
-    losses: LossReadings | None,
-    figure: "Figure | None",
-    layers: str,
-    missed: list[tuple[str, str]],
-) -> str:
-    """Build the page; every name and message is escaped, and the picture is inside.
+def to_page(report: "AuditReport") -> str:
+    """Write the whole page."""
+    return document(f"BatchNorm audit of {report.model}", _body(report))
 
-    Args:
-        title: One line.
-        verdict: One line.
-        groups: The findings, those of one rule together, worst first.
-        losses: The readings, or ``None``.
-        figure: The gaps along the network, or ``None``.
-        layers: The table of layers, as HTML.
-        missed: What was not looked at, and why.
-    """
-    parts = [f"<h1>{html.escape(title)}</h1><p><strong>{html.escape(verdict)}</strong></p>"]
-    if figure is not None:
-        picture = base64.b64encode(figure_png(figure)).decode()
-        parts.append(
-            f'<img alt="Gap of each layer along the network" src="data:image/png;base64,{picture}">'
-            "<p class=\"small\">Gap: how far evaluation's output of a layer is from what the training data's own "
-            "statistics would give, in its standard deviations.</p>"
+
+def to_fragment(report: "AuditReport") -> str:
+    """Write what a notebook shows."""
+    return fragment(_body(report))
+
+
+def _body(report: "AuditReport") -> str:
+    return "".join(_parts(report))
+
+
+def _parts(report: "AuditReport") -> Iterator[str]:
+    yield f"<h1>{html.escape(headline(report))}</h1>"
+    yield from _verdict(report)
+    if any(row.gap is not None for row in report.layers):
+        yield "<h2>Gaps along the network</h2>"
+        yield picture(gap_figure(report), "gap of each layer, from the first to the last")
+        yield f'<p class="small">{html.escape(GAP[0].upper() + GAP[1:])}</p>'
+    if report.findings:
+        yield "<h2>What was found, and what to do</h2>"
+        yield from map(_group, grouped(report.findings))
+        step = next_step(report)
+        if step is not None:
+            yield f"<p>To apply what is safe: {html.escape(step)}.</p><pre>{html.escape(APPLY)}</pre>"
+    if report.losses is not None:
+        yield "<h2>The loss, read in different ways</h2>"
+        yield from _losses(report.losses)
+    yield from _layers(report)
+    if report.not_looked:
+        yield "<h2>Not looked at</h2>"
+        rows = [(", ".join(what), reason) for reason, what in reasons(report.not_looked).items()]
+        yield table(("what", "why"), rows)
+
+
+def _verdict(report: "AuditReport") -> Iterator[str]:
+    severity = report.findings[0].severity if report.findings else "fine" if report.batches else ""
+    yield f'<section class="card {severity}"><p><strong>{html.escape(verdict(report))}</strong></p>'
+    gap = worst_gap(report)
+    if gap is not None:
+        yield f"<p>{html.escape(gap)}</p>"
+    if report.losses is not None:
+        told = zip(report.losses.differences, report.losses.sentences(), strict=True)
+        yield from (f"<p>{html.escape(line)}</p>" for difference, line in told if difference.is_evident)
+    yield "</section>"
+
+
+def _group(group: FindingGroup) -> str:
+    worst = group.worst
+    sign = " in" if len(group.findings) == 1 else ":"
+    message = worst.message if len(group.findings) == 1 else f"{named(worst.layer)}: {worst.message}"
+    evidence = evidence_in_words(worst.evidence.items())
+    others = ""
+    if len(group.findings) > 1:
+        rows = [
+            (found.severity, named(found.layer), evidence_in_words(found.evidence.items())) for found in group.findings
+        ]
+        others = (
+            f'<details class="small"><summary>all {len(rows)}, with their evidence</summary>'
+            + table(("severity", "layer", "evidence"), rows)
+            + "</details>"
         )
-    if groups:
-        parts += ["<h2>Findings</h2>", *map(_group, groups)]
-    if losses is not None:
-        parts += ["<h2>The loss, read in different ways</h2>", _losses(losses)]
-    parts += ["<h2>Layers</h2>", layers]
-    if missed:
-        rows = "".join(f"<li>{html.escape(what)}: {html.escape(why)}</li>" for what, why in missed)
-        parts.append(f'<h2>Not looked at</h2><ul class="small">{rows}</ul>')
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f'<section class="card {worst.severity}">'
+        f"<h3>{worst.severity.upper()} {html.escape(group.rule)}{sign} {html.escape(group.where)}</h3>"
+        f"<p>{html.escape(message)}</p>"
+        + "".join(f"<pre>{html.escape(fix)}</pre>" for fix in group.fixes)
+        + '<p class="small">'
+        + (f"evidence: {html.escape(evidence)}<br>" if evidence else "")
+        + f"threshold: {html.escape(worst.threshold)}</p>{others}</section>"
     )
 
 
-def _group(found: list[Finding]) -> str:
-    worst = found[0]
-    where = "the model" if worst.layer is None else worst.layer or "(root)"
-    others = ", ".join(html.escape(each.layer or "(root)") for each in found[1:])
-    evidence = ", ".join(
-        f"{key} = {value:.3g}" if isinstance(value, float) else f"{key} = {value}"
-        for key, value in worst.evidence.items()
-    )
-    return (
-        f'<h3 class="{worst.severity}">{worst.severity}: {html.escape(worst.rule)} in {html.escape(where)}</h3>'
-        f"<p>{html.escape(worst.message)}.</p><pre>{html.escape(worst.fix)}</pre>"
-        f'<p class="small">Evidence: {html.escape(evidence)}. Speaks at: {html.escape(worst.threshold)}.'
-        + (f" Likewise in {others}." if others else "")
-        + "</p>"
-    )
-
-
-def _losses(losses: LossReadings) -> str:
-    readings = "".join(
-        f"<tr><td>{name.replace('_', ' ')}</td><td>{each.mean:.4g}</td><td>{each.low:.4g} to {each.high:.4g}</td></tr>"
+def _losses(losses: "LossReadings") -> Iterator[str]:
+    yield picture(loss_figure(losses), "mean loss of each reading with its interval")
+    rows = [
+        (name.replace("_", " "), f"{each.mean:.4g}", f"{each.low:.4g} to {each.high:.4g}", READINGS[name])
         for name, each in losses.readings().items()
-    )
-    told = "".join(f"<li>{html.escape(line)}</li>" for line in losses.sentences())
-    return (
-        f"<table><caption>On the same {losses.batches} {losses.source} batches</caption><tr><th>reading</th><th>loss"
-        f"</th><th>95 % interval</th></tr>{readings}</table><ul>{told}</ul>"
-    )
+    ]
+    yield table(("reading", "mean", "95 % interval", "which is"), rows, numbers=(1, 2))
+    yield "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in losses.sentences()) + "</ul>"
+
+
+def _layers(report: "AuditReport") -> Iterator[str]:
+    yield "<h2>Every layer, in the order of the network</h2>"
+    changes = any(row.predicted_loss_change is not None for row in report.layers)
+    head = ("layer", "gap", "worst channels (gap)", "values per channel")
+    rows = []
+    for row in sorted(report.layers, key=lambda row: row.index):
+        gap = "–" if row.gap is None else "nan" if math.isnan(row.gap) else f"{row.gap:.2g}"
+        worst = ", ".join(f"{each.channel} ({each.gap:.2g})" for each in row.worst_channels)
+        told = (told_change(row.predicted_loss_change), told_change(row.confirmed_loss_change)) if changes else ()
+        rows.append((row.name or "(root)", gap, worst, str(row.count), *told))
+    more = ("loss change predicted", "confirmed") if changes else ()
+    yield table((*head, *more), rows, numbers=(1, 3, 4, 5))
+    if changes:
+        yield '<p class="small">Loss change: of the deployed network, if that layer alone were recalibrated.</p>'
+    notes = [(reason, ", ".join(names)) for reason, names in reasons(report.layers).items()]
+    if notes:
+        yield table(("note", "layers"), notes)

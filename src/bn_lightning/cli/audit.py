@@ -1,17 +1,21 @@
 """Audit a network from the command line, with an exit code for CI."""
 
 import sys
+import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bn_lightning.auditing import AuditReport, audit_batch_norm
+from bn_lightning.cli.data import open_batches
 from bn_lightning.cli.network import importable_here, inputs_for, open_network
 from bn_lightning.errors import BatchNormError, first_line
-from bn_lightning.zoo import find_callable, is_zoo_name, read_checkpoint
+from bn_lightning.zoo import find_callable, is_zoo_name
 
 __all__ = ["audit"]
 
@@ -47,8 +51,8 @@ def audit(
         data: package.module:LightningDataModuleClass, or a function that gives training batches, or a pair of training
             and validation batches.
         data_options: Arguments of it, as a JSON object; a data module's own come from the checkpoint where it has them.
-        loss: Of output and target: a name of torch.nn.functional, such as cross_entropy, or package.module:function.
-            A LightningModule's training_step is used if this is left out.
+        loss: Of output and target: a name of torch.nn.functional, such as cross_entropy, or package.module:function, or
+            a class of losses. A LightningModule's training_step is used if this is left out.
         batches: Audit over at most so many batches.
         fail_on: The least severe finding to exit with 3 for.
         html: Write a page with the picture of the gaps along the network to this file.
@@ -59,7 +63,8 @@ def audit(
         num_classes: Of the classifier, where it is not the network's default.
         json: Print one JSON object and nothing else.
     """
-    with importable_here(model), importable_here(data or "timm:"):
+    torch.manual_seed(0)  # a loader that shuffles gives CI the same batches each time
+    with importable_here(model), importable_here(data or "timm:"), _told_in_a_sentence(model):
         network = open_network(model, checkpoint=checkpoint, pretrained=pretrained, num_classes=num_classes)
         if is_zoo_name(model) and checkpoint is None and not pretrained:
             print(
@@ -70,7 +75,7 @@ def audit(
         if data is None:
             report = audit_batch_norm(network, example_inputs=inputs_for(network, input_size), **picked)
         else:
-            train, val = _batches(data, _options(data_options, checkpoint, data))
+            train, val = open_batches(data, data_options, checkpoint=checkpoint, network=network)
             report = audit_batch_norm(
                 network, train, val_batches=val, max_batches=batches, **_judged(network, loss), **picked
             )
@@ -80,10 +85,31 @@ def audit(
 
 
 def _show(report: AuditReport, html: str | None, json: bool) -> None:
-    print(report.to_json() if json else report, flush=True)
+    if json:
+        print(report.to_json(), flush=True)
+    else:
+        report.print()
     if html is not None:
-        report.save_html(html)
+        try:
+            report.save_html(html)
+        except OSError as error:
+            raise BatchNormError(f"the page {html!r} cannot be written ({first_line(error)}).") from error
         print(f"bn-lightning: the page is {html}", file=sys.stderr)
+
+
+@contextmanager
+def _told_in_a_sentence(model: str) -> Iterator[None]:
+    """Turn what goes wrong in the user's own code into one sentence with its place; 1 is the status for it, not 3."""
+    try:
+        yield
+    except (BatchNormError, BrokenPipeError):
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise BatchNormError(
+            f"the audit of {model!r} failed with {first_line(error).rstrip('.')} (line {place.lineno} of "
+            f"{place.filename})."
+        ) from error
 
 
 def _judged(network: nn.Module, loss: str | None) -> dict[str, Any]:
@@ -95,7 +121,7 @@ def _judged(network: nn.Module, loss: str | None) -> dict[str, Any]:
                 f"--loss takes a name of torch.nn.functional or package.module:function, got {loss!r}; for example "
                 "cross_entropy."
             )
-        return {"loss": named}
+        return {"loss": named() if isinstance(named, type) else named}
     if hasattr(network, "training_step") and getattr(network, "automatic_optimization", False):
 
         def step(module: Any, batch: Any) -> Any:
@@ -104,35 +130,13 @@ def _judged(network: nn.Module, loss: str | None) -> dict[str, Any]:
                 return module.training_step(batch, 0)
 
         return {"step": step}
+    if hasattr(network, "training_step"):
+        print(
+            f"bn-lightning: {type(network).__name__} optimizes by hand, so that its training_step cannot be asked for "
+            "a loss; --loss gives one.",
+            file=sys.stderr,
+        )
     return {}
-
-
-def _options(given: dict[str, Any] | None, checkpoint: str | None, data: str) -> dict[str, Any]:
-    saved: Any = {}
-    kind = find_callable(data)
-    if checkpoint is not None and isinstance(kind, type):
-        saved = read_checkpoint(checkpoint).get("datamodule_hyper_parameters", {})
-    return {**dict(saved), **(given or {})}
-
-
-def _batches(data: str, options: dict[str, Any]) -> tuple[Iterable[Any], Iterable[Any] | None]:
-    try:
-        made = find_callable(data)(**options)
-        if not hasattr(made, "train_dataloader"):
-            return made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-        made.prepare_data()
-        made.setup("fit")
-        loaders = (made.train_dataloader(), made.val_dataloader())
-    except BatchNormError:
-        raise
-    except Exception as error:
-        raise BatchNormError(f"{data!r} gives no batches: it fails with {first_line(error)}") from error
-    for name, loader in zip(("train", "val"), loaders, strict=True):
-        if isinstance(loader, list | tuple | dict):
-            raise BatchNormError(
-                f"{data!r} has several {name} dataloaders; give a function that returns the batches to audit with."
-            )
-    return loaders
 
 
 def _patterns(given: list[str] | str) -> tuple[str, ...]:
