@@ -21,6 +21,7 @@ from bn_lightning.auditing.rules import RULES
 from bn_lightning.auditing.rules.rule import SOURCES, Rule
 from bn_lightning.auditing.run import Run
 from bn_lightning.auditing.training import TrainingSettings
+from bn_lightning.auditing.weights import weight_checksums
 from bn_lightning.errors import AuditError, BatchNormError, RecalibrationError
 from bn_lightning.layers.merge import statistics_spread
 from bn_lightning.layers.processes import count_processes
@@ -183,7 +184,8 @@ def audit_batch_norm(
         tuple(findings),
         measured.losses,
         tuple(NotLooked(what, why) for what, why in missed.items()),
-        usable_statistics(layers, measured.population),
+        population := usable_statistics(layers, measured.population),
+        weight_checksums(network) if population else {},
     )
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.auditing.finding import Finding, Repair
 from bn_lightning.auditing.report import AuditReport
+from bn_lightning.auditing.weights import changed_weight
 from bn_lightning.errors import AuditError
 from bn_lightning.functional import channel_gap, layer_gap
 from bn_lightning.recalibration.result import write_statistics
@@ -115,9 +116,9 @@ class _Change:
 def apply_fixes(model: nn.Module, report: AuditReport) -> FixResult:
     """Do about an audit's findings what is safe to do, in place: running statistics, momenta and modes, no parameter.
 
-    ``recalibrate`` writes the population statistics that the audit measured, so no data is needed again; they hold for
-    the weights as they were then. What takes a person's decision is in ``result.left`` with the reason. Either every
-    change is made or none.
+    ``recalibrate`` writes the population statistics that the audit measured, so no data is needed again; since they
+    hold for the weights as they were then, a network whose weights have changed is refused. What takes a person's
+    decision is in ``result.left`` with the reason. Either every change is made or none.
 
     Args:
         model: The network that was audited; DDP and ``torch.compile`` wrappers are looked through.
@@ -127,7 +128,8 @@ def apply_fixes(model: nn.Module, report: AuditReport) -> FixResult:
         The changes, what was left, and ``undo()``.
 
     Raises:
-        AuditError: If the report is of another network; nothing was changed then.
+        AuditError: If the report is of another network, or statistics would be written for weights that are no more;
+            nothing was changed then.
 
     Example:
         >>> from bn_lightning.auditing import audit_batch_norm
@@ -155,6 +157,8 @@ def apply_fixes(model: nn.Module, report: AuditReport) -> FixResult:
                 changes.setdefault((name, finding.repair.action), planned)
             elif planned is not None:
                 left.append(LeftFinding(finding.rule, name, planned))
+    if any(change.row.action == "recalibrate" for change in changes.values()):
+        _require_same_weights(network, report)
     with ExitStack() as stack:
         for change in changes.values():
             stack.callback(change.put_back)  # before it is made: an interrupt may leave it half done
@@ -179,6 +183,16 @@ def _require_audited(network: nn.Module, layers: Mapping[str, _BatchNorm], repor
                 f"this report is of another network: {name or '(root)'!r} had {len(mean)} channels and has "
                 f"{layers[name].num_features}. Nothing was changed; audit the network that is to be fixed."
             )
+
+
+def _require_same_weights(network: nn.Module, report: AuditReport) -> None:
+    changed = changed_weight(network, report._weights)
+    if changed is not None:
+        raise AuditError(
+            f"the weights of {type(network).__name__} have changed since the audit ({changed!r} is not as it was), so "
+            "that the statistics it measured are those of another network. Nothing was changed; audit again, or "
+            "bn_lightning.recalibrate_batch_norm(model, train_batches)."
+        )
 
 
 def _concerned(finding: Finding, report: AuditReport) -> list[str]:

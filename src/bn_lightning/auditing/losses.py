@@ -110,9 +110,28 @@ class LossReadings:
         values = {name: getattr(self, name) for name in _READINGS}
         return {name: value for name, value in values.items() if value is not None}
 
+    def sentence(self, difference: LossDifference) -> str:
+        """Say in words what a difference is, with its interval."""
+        name, mean, low, high = difference.name, difference.mean, difference.low, difference.high
+        readings = [(reading, getattr(self, reading).mean) for reading in (difference.higher, difference.lower)]
+        told = ", ".join(f"{reading.replace('_', ' ')} {value:.3g}" for reading, value in readings)
+        if not math.isfinite(mean):
+            return f"{name}: unknown ({told})"
+        if not difference.is_evident:
+            return f"{name}: no evidence, the difference is {interval_in_words(mean, low, high)} ({told})"
+        if mean < 0:
+            what = f"{difference.higher} is {interval_in_words(-mean, -high, -low)} below {difference.lower}"
+            return f"{name}: {what.replace('_', ' ')} ({told})"
+        return f"{name} {'cost' if name.endswith('s') else 'costs'} {interval_in_words(mean, low, high)} ({told})"
+
     def sentences(self) -> list[str]:
-        """Say what the differences are, in words, each with its interval."""
-        return [_sentence(each) for each in self.differences]
+        """Say what all differences are, and what else to know of the intervals."""
+        told = [self.sentence(each) for each in self.differences]
+        if self.batches == 1:
+            told.append("One batch has no interval, so that nothing can be evident.")
+        elif any(each.low < 0 <= each.mean for each in self.readings().values()):
+            told.append(f"An end below 0, where the loss cannot be, only says that {self.batches} batches are few.")
+        return told
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values."""
@@ -123,19 +142,6 @@ class LossReadings:
             **{name: values[name].to_dict() if name in values else None for name in _READINGS},
             "differences": [each.to_dict() for each in self.differences],
         }
-
-
-def _sentence(difference: LossDifference) -> str:
-    name, mean, low, high = difference.name, difference.mean, difference.low, difference.high
-    what = f"{difference.higher} less {difference.lower}".replace("_", " ")
-    if not math.isfinite(mean):
-        return f"{name}: unknown, since {what} is not finite"
-    if not difference.is_evident:
-        return f"{name}: no evidence, since {what} is {interval_in_words(mean, low, high)}, which covers 0"
-    if mean < 0:
-        mean, low, high = -mean, -high, -low
-    does = ("cost" if difference.mean > 0 else "gain") + ("" if name.endswith("s") else "s")
-    return f"{name} {does} {interval_in_words(mean, low, high)}: {what}"
 
 
 _READINGS = ("full_training", "batch_statistics", "recalibrated", "deployed", "evaluation_statistics")

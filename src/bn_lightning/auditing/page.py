@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from bn_lightning.auditing.console import told_change
 from bn_lightning.auditing.pictures import gap_figure, loss_figure
 from bn_lightning.auditing.words import (
-    APPLY,
     GAP,
     READINGS,
     FindingGroup,
@@ -16,12 +15,12 @@ from bn_lightning.auditing.words import (
     grouped,
     headline,
     named,
-    next_step,
+    overview,
     reasons,
     verdict,
-    worst_gap,
 )
 from bn_lightning.reports.document import document, fragment, picture, table
+from bn_lightning.reports.intervals import interval_in_words
 
 if TYPE_CHECKING:
     from bn_lightning.auditing.losses import LossReadings
@@ -54,9 +53,6 @@ def _parts(report: "AuditReport") -> Iterator[str]:
     if report.findings:
         yield "<h2>What was found, and what to do</h2>"
         yield from map(_group, grouped(report.findings))
-        step = next_step(report)
-        if step is not None:
-            yield f"<p>To apply what is safe: {html.escape(step)}.</p><pre>{html.escape(APPLY)}</pre>"
     if report.losses is not None:
         yield "<h2>The loss, read in different ways</h2>"
         yield from _losses(report.losses)
@@ -70,12 +66,9 @@ def _parts(report: "AuditReport") -> Iterator[str]:
 def _verdict(report: "AuditReport") -> Iterator[str]:
     severity = report.findings[0].severity if report.findings else "fine" if report.batches else ""
     yield f'<section class="card {severity}"><p><strong>{html.escape(verdict(report))}</strong></p>'
-    gap = worst_gap(report)
-    if gap is not None:
-        yield f"<p>{html.escape(gap)}</p>"
-    if report.losses is not None:
-        told = zip(report.losses.differences, report.losses.sentences(), strict=True)
-        yield from (f"<p>{html.escape(line)}</p>" for difference, line in told if difference.is_evident)
+    for label, line in overview(report):
+        told = html.escape(line)
+        yield f"<p>{label}:</p><pre>{told}</pre>" if label == "fix" else f"<p>{label}{': ' if label else ''}{told}</p>"
     yield "</section>"
 
 
@@ -108,10 +101,10 @@ def _group(group: FindingGroup) -> str:
 def _losses(losses: "LossReadings") -> Iterator[str]:
     yield picture(loss_figure(losses), "mean loss of each reading with its interval")
     rows = [
-        (name.replace("_", " "), f"{each.mean:.4g}", f"{each.low:.4g} to {each.high:.4g}", READINGS[name])
+        (name.replace("_", " "), interval_in_words(each.mean, each.low, each.high), READINGS[name])
         for name, each in losses.readings().items()
     ]
-    yield table(("reading", "mean", "95 % interval", "which is"), rows, numbers=(1, 2))
+    yield table(("reading", "mean [95 % interval]", "which is"), rows)
     yield "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in losses.sentences()) + "</ul>"
 
 

@@ -41,23 +41,13 @@ class AuditReport:
         >>> report = AuditReport("Net", 8, (GapRow("bn1", 1.5, (), 512, None),), (finding,))
         >>> report.exit_code(), report.exit_code("warning")
         (1, 1)
-        >>> print(report)
+        >>> print(report)  # doctest: +ELLIPSIS
         BatchNorm audit of Net: 1 layer, 8 training batches
         findings: 1 error
-        largest gap: 1.5 output standard deviations, in 'bn1'
-        <BLANKLINE>
-        ERROR momentum-zero in 'bn1'
-          it never moves
-          evidence:  momentum=0
-          threshold: 0
-          fix:       momentum=0.1
-        <BLANKLINE>
-        gaps
-          layer   gap   worst channels (gap)
-         ────────────────────────────────────
-          bn1     1.5
-        gap: how far evaluation's output is from what the training data's own statistics would give, in standard
-        deviations of the layer's output; 0.1 is noteworthy, 0.25 a warning, 1 an error.
+          what   momentum-zero in 'bn1'
+          where  largest gap in 'bn1': 1.5 output standard deviations
+          fix    momentum=0.1
+        ...
     """
 
     model: str
@@ -68,6 +58,8 @@ class AuditReport:
     not_looked: tuple[NotLooked, ...] = ()
     # Layer to mean and variance (correction=1) over the training data, for `apply_fixes`.
     _population: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    # Checksums of the weights it was measured under.
+    _weights: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def exit_code(self, fail_on: str = "error") -> int:
         """Return 1 if a finding is at least as severe as ``fail_on`` (``info``, ``warning``, ``error``), else 0.

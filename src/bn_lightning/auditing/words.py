@@ -1,7 +1,7 @@
 """What an audit's report says in words, the same wherever it is read."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,10 +23,9 @@ __all__ = [
     "listed",
     "many",
     "named",
-    "next_step",
+    "overview",
     "reasons",
     "verdict",
-    "worst_gap",
 ]
 
 # Of the gap; the rules' own thresholds state the same.
@@ -38,11 +37,12 @@ GAP = (
 READINGS = {
     "full_training": "everything in training mode",
     "batch_statistics": "BatchNorm by the batch, all else in evaluation mode",
-    "recalibrated": "evaluation, with the training data's own statistics",
-    "deployed": "evaluation, as the network is",
-    "evaluation_statistics": "evaluation, with the evaluation data's own statistics",
+    "recalibrated": "evaluation mode, with the training data's own statistics",
+    "deployed": "evaluation mode, as the network is",
+    "evaluation_statistics": "evaluation mode, with the evaluation data's own statistics",
 }
 APPLY = "bn_lightning.apply_fixes(model, report)"
+_MOST_RULES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,27 +106,36 @@ def verdict(report: "AuditReport") -> str:
     return f"no findings: the running statistics of {many(compared, 'layer')} describe the training data"
 
 
-def worst_gap(report: "AuditReport") -> str | None:
-    """Say where evaluation is most wrong, unless that is not worth a word."""
+def overview(report: "AuditReport") -> list[tuple[str, str]]:
+    """Say what is wrong, where, what it costs and what to type, as labels and lines; what is fine has no line."""
+    told = []
+    groups = grouped(report.findings)
+    serious = [group for group in groups if group.worst.severity != "info"]
+    if serious:
+        told.append(("what", listed([f"{group.rule} in {group.where}" for group in serious], _MOST_RULES)))
+    told += [("where", gap) for gap in _largest_gap(report)]
+    if report.losses is not None:
+        evident = [each for each in report.losses.differences if each.is_evident]
+        largest_first = sorted(evident, key=lambda each: -abs(each.mean))
+        told += [("loss", report.losses.sentence(each)) for each in largest_first]
+    repaired = [group for group in groups if group.worst.repair is not None]
+    if serious and serious[0] not in repaired:
+        told.append(("fix", serious[0].worst.fix))
+    if repaired:
+        count = sum(found.repair is not None for found in report.findings)
+        rules = ", ".join(group.rule for group in repaired)
+        told.append(("fix", APPLY))
+        told.append(
+            ("", f"repairs {count} of {many(len(report.findings), 'finding')} ({rules}); no weight changes; has undo()")
+        )
+    return told
+
+
+def _largest_gap(report: "AuditReport") -> Iterator[str]:
     worst = min((row for row in report.layers if row.gap is not None), key=lambda row: row.rank, default=None)
-    if worst is None or worst.gap is None or worst.gap < BOUNDS[0][1]:
-        return None
-    if math.isnan(worst.gap):
-        return f"largest gap: not finite, in {named(worst.name)}"
-    return f"largest gap: {worst.gap:.2g} output standard deviations, in {named(worst.name)}"
-
-
-def next_step(report: "AuditReport") -> str | None:
-    """Say what `apply_fixes` would do, if anything."""
-    repairs = [group for group in grouped(found for found in report.findings if found.repair is not None)]
-    if not repairs:
-        return None
-    count = sum(len(group.findings) for group in repairs)
-    rules = ", ".join(group.rule for group in repairs)
-    return (
-        f"it repairs {count} of {many(len(report.findings), 'finding')} ({rules}), changes no weight, and its result "
-        "can be undone"
-    )
+    if worst is not None and worst.gap is not None and not worst.gap < BOUNDS[0][1]:
+        size = "not finite" if math.isnan(worst.gap) else f"{worst.gap:.2g} output standard deviations"
+        yield f"largest gap in {named(worst.name)}: {size}"
 
 
 def reasons(missed: Iterable[NotLooked | GapRow]) -> dict[str, list[str]]:
@@ -173,4 +182,4 @@ def many(count: int, noun: str) -> str:
 
 def _counts(findings: Sequence[Finding]) -> list[str]:
     counts = [(name, sum(found.severity == name for found in findings)) for name in reversed(SEVERITIES)]
-    return [f"{count} {name}" for name, count in counts if count]
+    return [f"{count} info" if name == "info" else many(count, name) for name, count in counts if count]

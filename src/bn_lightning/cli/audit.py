@@ -1,10 +1,7 @@
 """Audit a network from the command line, with an exit code for CI."""
 
 import sys
-import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -13,9 +10,9 @@ from torch import nn
 
 from bn_lightning.auditing import AuditReport, audit_batch_norm
 from bn_lightning.cli.data import open_batches
-from bn_lightning.cli.network import importable_here, inputs_for, open_network
+from bn_lightning.cli.network import importable_here, inputs_for, name_patterns, open_network
 from bn_lightning.errors import BatchNormError, first_line
-from bn_lightning.zoo import find_callable, is_zoo_name
+from bn_lightning.zoo import find_callable
 
 __all__ = ["audit"]
 
@@ -40,13 +37,14 @@ def audit(
 ) -> None:
     """Tell why evaluation is worse than training, which BatchNorm layers do it, and the cure.
 
-    Exits with 0 if there is no finding as severe as --fail_on, with 3 if there is, and with 1 if the audit could not be
-    made. Without --data only the network and one recorded forward pass are looked at.
+    Exits with 0 if there is no finding as severe as --fail_on, with 3 if there is, with 1 if the audit could not be
+    made, and with 2 if an option is not known. Without --data only the network and one recorded forward pass are looked
+    at.
 
     Args:
         model: timm:NAME, torchvision:NAME, package.module:callable, or package.module:LightningModuleClass with its
-            Lightning checkpoint. For example: bn-lightning audit my.models:Classifier --checkpoint last.ckpt
-            --data my.data:DataModule
+            Lightning checkpoint; modules of the working folder can be named too. For example:
+            bn-lightning audit my.models:Classifier --checkpoint last.ckpt --data my.data:DataModule
         checkpoint: File of weights, or a Lightning checkpoint; read with weights_only=True.
         data: package.module:LightningDataModuleClass, or a function that gives training batches, or a pair of training
             and validation batches.
@@ -64,14 +62,9 @@ def audit(
         json: Print one JSON object and nothing else.
     """
     torch.manual_seed(0)  # a loader that shuffles gives CI the same batches each time
-    with importable_here(model), importable_here(data or "timm:"), _told_in_a_sentence(model):
+    with importable_here(model, data, loss):
         network = open_network(model, checkpoint=checkpoint, pretrained=pretrained, num_classes=num_classes)
-        if is_zoo_name(model) and checkpoint is None and not pretrained:
-            print(
-                "bn-lightning: the weights are random; --checkpoint or --pretrained brings trained ones.",
-                file=sys.stderr,
-            )
-        picked: dict[str, Any] = {"include": _patterns(include), "exclude": _patterns(exclude)}
+        picked: dict[str, Any] = {"include": name_patterns(include), "exclude": name_patterns(exclude)}
         if data is None:
             report = audit_batch_norm(network, example_inputs=inputs_for(network, input_size), **picked)
         else:
@@ -97,21 +90,6 @@ def _show(report: AuditReport, html: str | None, json: bool) -> None:
         print(f"bn-lightning: the page is {html}", file=sys.stderr)
 
 
-@contextmanager
-def _told_in_a_sentence(model: str) -> Iterator[None]:
-    """Turn what goes wrong in the user's own code into one sentence with its place; 1 is the status for it, not 3."""
-    try:
-        yield
-    except (BatchNormError, BrokenPipeError):
-        raise
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise BatchNormError(
-            f"the audit of {model!r} failed with {first_line(error).rstrip('.')} (line {place.lineno} of "
-            f"{place.filename})."
-        ) from error
-
-
 def _judged(network: nn.Module, loss: str | None) -> dict[str, Any]:
     """Return how the loss is read: by ``loss=``, or by a LightningModule's own step."""
     if loss is not None:
@@ -122,23 +100,19 @@ def _judged(network: nn.Module, loss: str | None) -> dict[str, Any]:
                 "cross_entropy."
             )
         return {"loss": named() if isinstance(named, type) else named}
-    if hasattr(network, "training_step") and getattr(network, "automatic_optimization", False):
-
-        def step(module: Any, batch: Any) -> Any:
-            with warnings.catch_warnings():  # without a Trainer self.log does nothing but warn
-                warnings.filterwarnings("ignore", message=".*self.log.*")
-                return module.training_step(batch, 0)
-
-        return {"step": step}
-    if hasattr(network, "training_step"):
+    if not hasattr(network, "training_step"):
+        return {}
+    if not getattr(network, "automatic_optimization", False):
         print(
             f"bn-lightning: {type(network).__name__} optimizes by hand, so that its training_step cannot be asked for "
             "a loss; --loss gives one.",
             file=sys.stderr,
         )
-    return {}
+        return {}
 
+    def step(module: Any, batch: Any) -> Any:
+        with warnings.catch_warnings():  # without a Trainer self.log does nothing but warn
+            warnings.filterwarnings("ignore", message=".*self.log.*")
+            return module.training_step(batch, 0)
 
-def _patterns(given: list[str] | str) -> tuple[str, ...]:
-    parts = given.split(",") if isinstance(given, str) else given
-    return tuple(part.strip() for part in parts if part.strip())
+    return {"step": step}

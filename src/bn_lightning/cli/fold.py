@@ -1,13 +1,11 @@
 """Fold a network's BatchNorm layers, show what became of each, and write the folded network."""
 
 import json as json_module
-import sys
 from typing import Literal
 
-from bn_lightning.cli.network import importable_here, inputs_for, open_network
+from bn_lightning.cli.network import importable_here, inputs_for, name_patterns, open_network
 from bn_lightning.folding import FoldReport, fold_batch_norm
 from bn_lightning.folding.ship import require_format, ship_network
-from bn_lightning.zoo import is_zoo_name
 
 __all__ = ["fold"]
 
@@ -50,14 +48,9 @@ def fold(
         require_format(output)
     with importable_here(model):
         network = open_network(model, checkpoint=checkpoint, pretrained=pretrained, num_classes=num_classes)
-        if is_zoo_name(model) and checkpoint is None and not pretrained:
-            print(
-                "bn-lightning: the weights are random; --checkpoint or --pretrained brings trained ones.",
-                file=sys.stderr,
-            )
         inputs = inputs_for(network, input_size)
         result = fold_batch_norm(
-            network, inputs, include=_patterns(include), exclude=_patterns(exclude), standalone=standalone
+            network, inputs, include=name_patterns(include), exclude=name_patterns(exclude), standalone=standalone
         )
         if not json:
             print(result.report, flush=True)
@@ -70,11 +63,6 @@ def fold(
         print(json_module.dumps(folded, indent=2))
     elif shipped is not None:
         print(f"written to {shipped}")
-
-
-def _patterns(given: list[str] | str) -> tuple[str, ...]:
-    parts = given.split(",") if isinstance(given, str) else given
-    return tuple(part.strip() for part in parts if part.strip())
 
 
 def _folded(report: FoldReport) -> int:

@@ -2,11 +2,12 @@
 
 import os
 import sys
+import traceback
 from typing import Any
 
 from jsonargparse import ArgumentParser, auto_cli
 
-from bn_lightning.errors import BatchNormError
+from bn_lightning.errors import BatchNormError, first_line
 
 __all__ = ["main"]
 
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # head, or a pager that was left, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         sys.exit(1)
+    except Exception as error:  # of the user's own code, which runs here
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        sys.exit(f"bn-lightning: {first_line(error).rstrip('.')} (in line {place.lineno} of {place.filename})")
 
 
 class _Parser(ArgumentParser):

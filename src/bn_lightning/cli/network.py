@@ -13,14 +13,14 @@ from bn_lightning.errors import BatchNormError, first_line
 from bn_lightning.preservation import preserved
 from bn_lightning.zoo import default_input_size, find_callable, is_zoo_name, load_zoo_model, read_checkpoint
 
-__all__ = ["importable_here", "inputs_for", "open_network"]
+__all__ = ["importable_here", "inputs_for", "name_patterns", "open_network"]
 
 
 @contextmanager
-def importable_here(model: str) -> Iterator[None]:
+def importable_here(*names: str | None) -> Iterator[None]:
     """Let ``module:callable`` name a module in the working folder, as ``python -m`` does; a zoo's name does not."""
     path = list(sys.path)
-    if not is_zoo_name(model):
+    if any(name is not None and not is_zoo_name(name) for name in names):
         sys.path.insert(0, "")
     try:
         yield
@@ -31,7 +31,7 @@ def importable_here(model: str) -> Iterator[None]:
 def open_network(
     model: str, *, checkpoint: str | None = None, pretrained: bool = False, num_classes: int | None = None
 ) -> nn.Module:
-    """Build the network, in evaluation mode, with its weights.
+    """Build the network, in evaluation mode, with its weights; say so on standard error if they are random.
 
     Args:
         model: As for `load_zoo_model`; or ``module:LightningModuleClass``, whose ``load_from_checkpoint`` then takes
@@ -53,7 +53,23 @@ def open_network(
                     "--pretrained and --num_classes."
                 )
             return _from_lightning(kind, checkpoint).eval()
-    return load_zoo_model(model, pretrained=pretrained, checkpoint=checkpoint, num_classes=num_classes).eval()
+    network = load_zoo_model(model, pretrained=pretrained, checkpoint=checkpoint, num_classes=num_classes).eval()
+    if is_zoo_name(model) and checkpoint is None and not pretrained:
+        print(
+            "bn-lightning: the weights are random; --checkpoint or --pretrained brings trained ones.", file=sys.stderr
+        )
+    return network
+
+
+def name_patterns(given: list[str] | str) -> tuple[str, ...]:
+    """Take ``--include`` and ``--exclude`` apart: patterns with commas between, or a list from a file of settings.
+
+    Example:
+        >>> name_patterns("layer1.*, *.bn2")
+        ('layer1.*', '*.bn2')
+    """
+    parts = given.split(",") if isinstance(given, str) else given
+    return tuple(part.strip() for part in parts if part.strip())
 
 
 def inputs_for(network: nn.Module, input_size: str | None = None) -> Any:

@@ -94,8 +94,8 @@ def bar_figure(
     for number, (place, lane) in enumerate(zip(marked, lanes, strict=True), 1):
         y = 1 + (lane * _LANE + 2) / _HEIGHT
         axes.text(place, y, str(number), transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8.5)
-    known = [value for value in values if value is not None]
-    if known and all(value < bounds[0][1] for value in known):
+    drawn = [value for value in values if value is not None]
+    if drawn and all(value < bounds[0][1] for value in drawn):
         axes.text(0.5, 0.5, f"all below {bounds[0][1]:g}", transform=axes.transAxes, ha="center", color="#606060")
     axes.set_ylabel(ylabel, fontsize=10, parse_math=False)
     for side in ("top", "right"):

@@ -18,17 +18,23 @@ _WIDE = 50.0
 
 
 def interval_in_words(mean: float, low: float, high: float) -> str:
-    """Write a mean and its interval with as many decimals as two digits of the interval's width have.
+    """Write a mean and its 95 % interval with as many decimals as two digits of the interval's width have.
 
     Example:
         >>> interval_in_words(0.3123, 0.2213, 0.4021), interval_in_words(12.0, -100.0, 140.0)
         ('0.31 [0.22, 0.40]', '12 [-100, 140]')
         >>> interval_in_words(0.25, 0.25, 0.25)
         '0.25 [0.25, 0.25]'
+        >>> interval_in_words(0.25, -math.inf, math.inf)
+        '0.25 (no interval)'
     """
+    if not math.isfinite(mean):
+        return "not finite"
     width = high - low
+    if not math.isfinite(width):
+        return f"{mean:.3g} (no interval)"
     values = (mean, low, high)
-    decimals = max(0, 1 - math.floor(math.log10(width))) if 0 < width < math.inf else None
+    decimals = max(0, 1 - math.floor(math.log10(width))) if width > 0 else None
     if decimals is None or decimals > _MOST_DECIMALS or any(abs(value) >= 1e6 for value in values):
         written = [f"{value:.3g}" for value in values]
     else:
@@ -77,7 +83,7 @@ def interval_figure(rows: Sequence[tuple[str, float, float, float]], *, title: s
         axes.text(
             1.02,
             place,
-            interval_in_words(mean, low, high) if known else "not finite",
+            interval_in_words(mean, low, high),
             transform=axes.get_yaxis_transform(),
             va="center",
             fontsize=9,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-__all__ = ["Cell", "Table", "format_cell"]
+__all__ = ["Cell", "Table", "format_cell", "markdown_escaped"]
 
 # Escaped by a backslash or, where not every reader of Markdown knows that one, as an entity.
 _MARKDOWN = {
@@ -85,12 +85,12 @@ class Table:
             in channels
         """
         lines = [
-            [_markdown(column) for column in self.columns],
+            [markdown_escaped(column) for column in self.columns],
             ["---:" if self.is_numeric(index) else "---" for index in range(len(self.columns))],
-            *([_markdown(format_cell(cell)) for cell in row] for row in self.rows),
+            *([markdown_escaped(format_cell(cell)) for cell in row] for row in self.rows),
         ]
         rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return "\n\n".join([f"**{_markdown(self.title)}**", rows, *map(_markdown, self.notes)])
+        return "\n\n".join([f"**{markdown_escaped(self.title)}**", rows, *map(markdown_escaped, self.notes)])
 
     def is_numeric(self, column: int) -> bool:
         """Tell whether a column holds a number."""
@@ -136,5 +136,11 @@ def format_cell(value: Cell) -> str:
     return str(value)
 
 
-def _markdown(text: str) -> str:
+def markdown_escaped(text: str) -> str:
+    r"""Keep a name from being read as Markdown or HTML.
+
+    Example:
+        >>> print(markdown_escaped("conv_1<b>"))
+        conv\_1&#60;b&#62;
+    """
     return text.translate(_MARKDOWN)
