@@ -1,12 +1,20 @@
-"""What a report says: in a terminal, as JSON with a fixed structure, and as a page that escapes every name."""
+"""What a report says: in a terminal, as JSON with a fixed structure, in Markdown, and as a page that stands alone."""
 
+import html
+import io
 import json
+import math
+import os
+import re
 
 import pytest
+from rich.console import Console
 
 from bn_lightning.auditing import AuditReport, ChannelGap, Finding, GapRow, LossReading, NotLooked, Repair
+from bn_lightning.auditing.console import to_text
 from bn_lightning.auditing.losses import compare_losses
 
+LONG = "backbone.encoder.stages.3.blocks.11.very_long_attribute_name_of_a_block.mlp.norm2"
 ROWS = (
     GapRow("deep<b>", 1.5, (ChannelGap(3, 2.0),), 640, None, -0.2, -0.15, index=1),
     GapRow("first", 0.02, (), 640, None, 0.0, index=0),
@@ -20,32 +28,190 @@ FOUND = (
 )
 
 
+def losses(source="evaluation", **changed):
+    read = {
+        "full_training": [1.0, 1.2, 0.8],
+        "batch_statistics": [1.0, 1.2, 0.8],
+        "recalibrated": [1.1, 1.25, 0.95],
+        "deployed": [2.1, 2.3, 1.9],
+        "evaluation_statistics": [1.1, 1.25, 0.95],
+        **changed,
+    }
+    return compare_losses(source, read, [10] * len(read["deployed"]))
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda *args: (_ for _ in ()).throw(OSError))
+
+
 @pytest.fixture
 def report():
-    losses = compare_losses(
-        "evaluation",
-        {
-            "full_training": [1.0, 1.2, 0.8],
-            "batch_statistics": [1.0, 1.2, 0.8],
-            "recalibrated": [1.1, 1.25, 0.95],
-            "deployed": [2.1, 2.3, 1.9],
-            "evaluation_statistics": [1.1, 1.25, 0.95],
-        },
-        [10, 10, 10],
+    return AuditReport("Net", 3, ROWS, FOUND, losses(), (NotLooked("padding", "it needs data"),))
+
+
+def many_layers(number):
+    """Build the worst case for the width: long names, three worst channels, losses, many layers."""
+    worst = tuple(ChannelGap(1000 + place, 1234.5) for place in range(3))
+    rows = [
+        GapRow(f"{LONG}.{index:03}", 2.5 - index * 0.02, worst, 640, None, -1.2e-5, -1.1e-5, index=number - index)
+        for index in range(number)
+    ]
+    levels = ["error" if row.gap >= 1 else "warning" if row.gap >= 0.25 else "info" for row in rows]
+    message = "evaluation's output is far from what the training data's statistics give, " * 3
+    found = [
+        Finding(
+            "not-converged",
+            level,
+            row.name,
+            message,
+            {"gap": row.gap, "updates": 3},
+            "gap ≥ 1",
+            "recalibrate_batch_norm(model, train_batches)",
+            Repair("recalibrate"),
+        )
+        for row, level in zip(rows, levels, strict=True)
+    ]
+    missed = [NotLooked(f"rule-{index}", "it needs an optimizer") for index in range(30)]
+    return AuditReport("Net", 3, tuple(rows), tuple(found), losses(), tuple(missed))
+
+
+def test_the_verdict_comes_first_with_what_where_cost_and_fix(report):
+    assert str(report).splitlines()[:8] == [
+        "BatchNorm audit of Net: 3 layers, 3 training batches",
+        "findings: 1 error, 1 info",
+        "  what   not-converged in 'deep<b>'",
+        "  where  largest gap in 'deep<b>': 1.5 output standard deviations",
+        "  loss   stale statistics cost 1.00 [0.88, 1.12] (deployed 2.1, recalibrated 1.1)",
+        "  fix    bn_lightning.apply_fixes(model, report)",
+        "         repairs 1 of 2 findings (not-converged); no weight changes; has undo()",
+        "",
+    ]
+
+
+def test_a_worst_finding_that_takes_a_decision_has_its_own_fix_first():
+    shift = Finding("evaluation-shift", "error", "stem", "differs", {}, "any", "give both the same preprocessing")
+    slow = Finding("not-converged", "warning", "stem", "lags", {}, "any", "recalibrate()", Repair("recalibrate"))
+    lines = str(AuditReport("Net", 3, ROWS, (shift, slow))).splitlines()
+    assert lines[2] == "  what   evaluation-shift in 'stem', not-converged in 'stem'"
+    assert lines[4:6] == [
+        "  fix    give both the same preprocessing",
+        "  fix    bn_lightning.apply_fixes(model, report)",
+    ]
+    only_info = str(AuditReport("Net", 3, ROWS[1:], FOUND[1:])).splitlines()
+    assert only_info[1:3] == ["findings: 1 info", ""], "nothing to do, and no gap to speak of"
+
+
+def test_the_details_have_evidence_threshold_fix_losses_gaps_and_what_was_missed(report):
+    lines = str(report).splitlines()
+    place = lines.index("ERROR not-converged in 'deep<b>'")
+    assert lines[place + 1 : place + 5] == [
+        "  it lags",
+        "  evidence:  gap=1.5",
+        "  threshold: gap ≥ 1",
+        "  fix:       recalibrate()",
+    ]
+    place = lines.index("INFO decayed-affine in the model")
+    assert lines[place + 1 : place + 3] == ["  decay", "  fix:       no decay"]
+    place = lines.index("loss on the same 3 evaluation batches, mean [95 % interval]")
+    assert lines[place + 4] == "  deployed               2.10 [1.62, 2.58]  evaluation mode, as the network is"
+    assert lines[place + 6] == (
+        "dropout: no evidence, the difference is 0 [0, 0] (batch statistics 1, full training 1)"
     )
-    return AuditReport("Net", 3, ROWS, FOUND, losses, (NotLooked("padding", "it needs data"),))
+    rows = [line.split() for line in lines if line.startswith(("  deep<b> ", "  first "))]
+    assert rows == [["deep<b>", "1.5", "3", "(2)", "-0.2", "-0.15"], ["first", "0.02", "+0", "–"]]
+    assert "'frozen': frozen" in lines
+    assert lines[-2:] == ["not looked at", "  padding: it needs data"]
 
 
-def test_the_terminal_tells_verdict_losses_fixes_and_gaps(report):
-    told = str(report)
-    assert "findings: 1 error, 1 info" in told
-    assert "Stale statistics costs 1:" in told
-    assert "Dropout: no evidence" in told
-    assert "ERROR not-converged in 'deep<b>': it lags" in told
-    assert "fix: recalibrate()" in told
-    assert "apply_fixes(model, report)" in told
-    assert "not looked at: padding (it needs data)" in told
-    assert "-0.15" in told
+def test_the_verdict_of_no_findings_says_what_was_compared():
+    def verdict(batches, rows):
+        return AuditReport("Net", batches, rows, ()).summary
+
+    assert verdict(3, ROWS) == "no findings: the running statistics of 2 layers describe the training data"
+    assert "no layer could be compared" in verdict(3, ROWS[2:])
+    assert "compared with nothing" in verdict(0, ROWS[2:])
+    told = str(AuditReport("Net", 0, ROWS[2:], ()))
+    assert "gaps: none" in told
+    assert "'frozen': frozen" in told
+
+
+@pytest.mark.parametrize("number", [1, 100])
+def test_nothing_is_wider_than_110_columns_or_longer_than_two_screens(number):
+    lines = str(many_layers(number)).splitlines()
+    assert max(map(len, lines)) <= 110
+    assert len(lines) < 80
+    if number == 100:
+        assert "ERROR not-converged: 100 layers (76 errors, 24 warnings)" in lines
+        assert "and 95 more" in " ".join(str(many_layers(100)).split())
+        assert "… and 80 layers with smaller gaps; report.layers has all" in lines
+        assert sum(line.startswith("  backbone.") for line in lines) == 20
+        assert str(many_layers(100)).count("recalibrate_batch_norm") == 1
+
+
+def test_healthy_layers_are_five_lines():
+    rows = tuple(GapRow(f"bn{index}", 0.01, (), 8, None, index=index) for index in range(60))
+    told = str(AuditReport("Net", 1, rows, ()))
+    assert "… and 55 layers with smaller gaps" in told
+    assert sum(line.startswith("  bn") for line in told.splitlines()) == 5
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("72", 72), ("80", 80), ("300", 110)])
+def test_printing_wraps_to_the_terminal(report, monkeypatch, columns, widest):
+    monkeypatch.setenv("COLUMNS", columns)
+    long = Finding("r", "warning", None, "word " * 60, {"number": 1.0}, "limit " * 60, "do this; " * 60)
+    told = str(AuditReport("Net", 3, ROWS, (*FOUND, long), report.losses, report.not_looked)).splitlines()
+    assert widest - 25 < max(map(len, told)) <= widest
+
+
+def test_a_narrow_table_has_fewer_channels_before_names_are_cut():
+    worst = tuple(ChannelGap(place, 1.5) for place in range(3))
+    for width, channels in ((110, 3), (80, 2), (79, 1)):
+        rows = [GapRow("a.name.of.25.letters.in.it", 1.5, worst, 8, None, 0.1, 0.1)]
+        told = to_text(AuditReport("Net", 1, tuple(rows), ()), width)
+        line = next(line for line in told.splitlines() if line.startswith("  a.name"))
+        assert line.split()[0] == rows[0].name
+        assert line.count("(1.5)") == channels
+
+
+def test_a_terminal_gets_colours_and_its_width_and_a_file_plain_text(report):
+    def printed(terminal, encoding="utf-8"):
+        raw = io.BytesIO()
+        file = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
+        report.print(
+            Console(file=file, width=80, force_terminal=terminal, color_system="standard" if terminal else None)
+        )
+        file.flush()
+        return raw.getvalue().decode(encoding)
+
+    assert printed(False) == f"{report}\n"
+    coloured = printed(True)
+    assert "\x1b[1;31mERROR not-converged in 'deep<b>'\x1b[0m" in coloured
+    assert max(len(line) for line in re.sub(r"\x1b\[[0-9;]*m", "", coloured).splitlines()) <= 80
+    assert "gap ? 1" in printed(False, "ascii"), "a log file without ≥ is no reason to fail"
+    assert "gap ? 1" in printed(True, "ascii")
+
+
+def test_intervals_of_one_batch_and_ends_below_zero_are_explained():
+    one = {key: [1.0] for key in ("full_training", "batch_statistics", "recalibrated", "evaluation_statistics")}
+    told = str(AuditReport("Net", 1, ROWS, (), losses(**one, deployed=[9.0])))
+    assert "9 (no interval)" in told
+    assert "One batch has no interval" in told
+    assert "stale statistics: no evidence, the difference is 8 (no interval)" in told
+    noisy = {key: [0.0, 0.1, 3.0] for key in one}
+    told = str(AuditReport("Net", 1, ROWS, (), losses(**noisy, deployed=[0.0, 0.1, 3.0])))
+    assert "An end below 0, where the loss cannot be, only says that 3 batches are few." in told
+    assert "below 0" not in str(AuditReport("Net", 1, ROWS, (), losses()))
+
+
+def test_a_difference_below_zero_is_said_as_such_and_one_that_is_not_finite_is_unknown():
+    readings = losses(full_training=[2.0, 2.3, 1.8], deployed=[math.nan] * 3)
+    told = {each.name: readings.sentence(each) for each in readings.differences}
+    assert told["dropout"].startswith("dropout: batch statistics is 1.03 [")
+    assert "] below full training (batch statistics 1, full training 2.03)" in told["dropout"]
+    assert told["stale statistics"] == "stale statistics: unknown (deployed nan, recalibrated 1.1)"
+    assert "loss   dropout" in str(AuditReport("Net", 1, ROWS, (), readings))
 
 
 def test_the_structure_of_the_json_is_what_its_version_says(report):
@@ -84,22 +250,117 @@ def test_the_structure_of_the_json_is_what_its_version_says(report):
         "findings": [{**finding, "evidence": {"gap": "float"}, "applicable": "bool"}],
         "not_looked": [{"what": "str", "reason": "str"}],
     }
-    assert json.loads(report.to_json())["schema_version"] == 2
+    parsed = json.loads(report.to_json())
+    assert parsed["schema_version"] == 2
+    assert [found["applicable"] for found in parsed["findings"]] == [True, False]
+    assert parsed["layers"][0]["worst_channels"] == [{"channel": 3, "gap": 2.0}]
+    assert parsed["losses"]["differences"][2]["evident"]
+
+
+def test_json_is_strict_about_numbers_that_are_not_finite():
+    rows = (GapRow("a", math.nan, (ChannelGap(0, math.inf),), 8, None),)
+    layer = json.loads(AuditReport("Net", 1, rows, ()).to_json(), parse_constant=pytest.fail)["layers"][0]
+    assert layer["gap"] == "nan"
+    assert layer["worst_channels"][0]["gap"] == "inf"
+
+
+@pytest.mark.parametrize(
+    ("severities", "codes"),
+    [((), (0, 0, 0)), (("info",), (1, 0, 0)), (("warning", "info"), (1, 1, 0)), (("error",), (1, 1, 1))],
+    ids=["none", "info", "warning", "error"],
+)
+def test_the_exit_code_is_one_from_the_severity_on(severities, codes):
+    found = tuple(Finding("r", severity, None, "", {}, "", "") for severity in severities)
+    report = AuditReport("Net", 1, (), found)
+    assert tuple(report.exit_code(level) for level in ("info", "warning", "error")) == codes
+    assert report.exit_code() == codes[-1]
+
+
+def test_the_markdown_is_short_begins_with_the_verdict_and_escapes(report):
+    told = report.to_markdown()
+    assert told.splitlines()[2] == "**findings: 1 error, 1 info**"
+    assert "- where: largest gap in 'deep&#60;b&#62;': 1.5 output standard deviations" in told
+    assert "- fix: `bn_lightning.apply_fixes(model, report)`\n  repairs 1 of 2" in told
+    assert "| error | not-converged | 'deep&#60;b&#62;' | it lags | recalibrate() |" in told
+    assert "- stale statistics cost 1.00 \\[0.88, 1.12\\]" in told
+    assert "| deep&#60;b&#62; | 1.5 | 3 (2) | -0.2 | -0.15 |" in told
+    assert told.endswith("Not looked at: padding")
+    assert "<b>" not in told
+    many = many_layers(100).to_markdown()
+    assert many.count("…") == 10, "ten layers"
+    assert len(many.splitlines()) < 50
+
+
+def test_what_would_break_a_line_of_markdown_is_escaped_in_it():
+    fix = "type `this`\n| and <that>"
+    told = AuditReport("Net", 1, (), (Finding("r", "error", None, "a|b", {}, "", fix),)).to_markdown()
+    assert "- fix: type \\`this\\` \\| and &#60;that&#62;" in told
+    assert "| a\\|b | type" in told
 
 
 def test_the_page_stands_alone_and_escapes_names(report, tmp_path):
     report.save_html(tmp_path / "folder" / "page.html")
-    page = (tmp_path / "folder" / "page.html").read_text()
+    page = (tmp_path / "folder" / "page.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
     assert "deep&lt;b&gt;" in page
-    assert "deep<b>" not in page
-    assert "<script" not in page
-    assert "http" not in page
-    assert page.count("data:image/png;base64,") == 1
+    for alien in ("deep<b>", "<script", "http", "url(", "@import", "<link"):
+        assert alien not in page
+    assert page.count("data:image/png;base64,") == 2, "the gaps and the losses"
+    text = html.unescape(re.sub(r"<style>.*?</style>|<[^>]+>", "\n", page, flags=re.S))
+    for said in (
+        *("findings: 1 error, 1 info", "bn_lightning.apply_fixes(model, report)", "it lags", "evidence: gap=1.5"),
+        *("threshold: gap ≥ 1", "recalibrate()", "2.10 [1.62, 2.58]", "padding", "it needs data", "frozen"),
+        "stale statistics cost 1.00 [0.88, 1.12] (deployed 2.1, recalibrated 1.1)",
+    ):
+        assert said in text, said
+    order = [text.index(said) for said in ("findings: 1 error", "ERROR", "Every layer", "Not looked")]
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize("field", ["rule", "layer", "message", "evidence", "threshold", "fix", "model", "reason"])
+def test_the_page_escapes_whatever_comes_from_outside(field):
+    evil = "<img src=x onerror=alert(1)>&"
+    given = dict.fromkeys(("rule", "layer", "message", "threshold", "fix"), "fine")
+    given |= {field: evil} if field in given else {}
+    evidence = {"key": evil if field == "evidence" else 1}
+    found = [Finding(severity="error", evidence=evidence, **given) for _ in range(2)]
+    rows = (GapRow(given["layer"], 0.5, (), 8, evil if field == "reason" else None),)
+    missed = (NotLooked(evil, evil),) if field == "reason" else ()
+    report = AuditReport(evil if field == "model" else "Net", 3, rows, tuple(found), None, missed)
+    for page in (report.to_html(), report._repr_html_()):
+        assert "<img src=x" not in page
+        assert "&lt;img src=x onerror=alert(1)&gt;&amp;" in page
+
+
+def test_the_page_has_every_layer_in_the_order_of_the_network_and_each_finding_of_a_rule():
+    report = many_layers(30)
+    page = report.to_html()
+    places = [page.index(f"<td>{LONG}.{index:03}</td>") for index in range(30)]
+    assert places == sorted(places, reverse=True)
+    assert "all 30, with their evidence" in page
+    assert page.count("&#x27;,") < 30
+    assert '<section class="card error">' in page
+
+
+def test_a_notebook_shows_the_same_as_a_fragment(report):
+    shown = report._repr_html_()
+    assert "<html" not in shown
+    assert shown.startswith('<div class="bnl-report"><style>')
+    assert shown in report.to_html()
+
+
+def test_a_report_without_gaps_has_no_picture():
+    page = AuditReport("Net", 0, ROWS[2:], ()).to_html()
+    assert "data:image" not in page
+    assert 'class="card "' in page, "no verdict of health without data"
+    assert 'class="card fine"' in AuditReport("Net", 2, ROWS[1:], ()).to_html()
 
 
 def test_the_picture_has_the_layers_in_the_order_of_the_network(report):
-    names = [label.get_text() for label in report.figure().axes[0].get_xticklabels()]
-    assert names == ["first", "deep<b>", "frozen"]
+    figure = report.figure()
+    bars = {round(bar.get_x() + 0.4): bar.get_height() for bar in figure.axes[0].patches}
+    assert bars == {0: pytest.approx(0.02), 1: pytest.approx(1.5)}, "and none for a layer without a gap"
+    assert [text.get_text() for text in figure.texts] == ["Net: findings: 1 error, 1 info", "1  deep<b>: 1.5"]
 
 
 def test_differences_are_paired_and_intervals_say_where_there_is_no_evidence(report):
@@ -114,3 +375,11 @@ def test_differences_are_paired_and_intervals_say_where_there_is_no_evidence(rep
         [1],
     )
     assert not one.difference("stale statistics").is_evident, "one batch has no interval"
+
+
+def test_scalars_are_gaps_and_losses(report):
+    scalars = report.scalars()
+    assert scalars["bn/deep<b>/gap"] == 1.5
+    assert scalars["bn/loss/deployed"] == pytest.approx(2.1)
+    assert len(scalars) == 7
+    assert "bn/frozen/gap" not in scalars

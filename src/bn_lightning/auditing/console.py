@@ -75,7 +75,7 @@ def print_report(report: "AuditReport", console: "Console | None" = None) -> Non
 def gap_table(rows: Sequence[GapRow], title: str, width: int = _WIDEST) -> Table:
     """Make a table of rows that fits the width: with fewer worst channels, then shorter names, if need be."""
     changes = any(row.predicted_loss_change is not None for row in rows)
-    head = ("gap", "worst channels (gap)", *(("loss change", "confirmed") if changes else ()))
+    head = ("gap", "worst channels", *(("loss change", "confirmed") if changes else ()))
     longest = max(len(row.name or "(root)") for row in rows)
     for most in (3, 2, 1):
         cells = [_cells(row, most, changes) for row in rows]

@@ -137,9 +137,9 @@ class AuditReport:
         """Write `to_html` to a file; a reader sees the old file or the whole new one. Missing folders are made."""
         from bn_lightning.reports.atomic import atomic_write
 
-        page = self.to_html().encode("utf-8", "replace")  # a name with half a surrogate must not lose the report
+        page = self.to_html()
         with atomic_write(path) as file:
-            file.write(page)
+            file.write(page.encode())
 
     def figure(self) -> "Figure":
         """Draw the gaps along the network, coloured by severity."""

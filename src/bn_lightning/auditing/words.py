@@ -32,7 +32,7 @@ __all__ = [
 BOUNDS = (("info", 0.1), ("warning", 0.25), ("error", 1.0))
 GAP = (
     "gap: how far evaluation's output is from what the training data's own statistics would give, in standard "
-    "deviations of the layer's output; 0.1 is noteworthy, 0.25 a warning, 1 an error."
+    "deviations of the layer's output, its worst channels' in brackets; 0.1 is noteworthy, 0.25 a warning, 1 an error."
 )
 READINGS = {
     "full_training": "everything in training mode",

@@ -50,7 +50,7 @@ def bar_figure(
     Example:
         >>> figure = bar_figure(["a", "b"], [0.01, 0.5], title="t", ylabel="gap", bounds=[("info", 0.1)])
         >>> [text.get_text() for text in figure.texts]
-        ['1  b: 0.5']
+        ['t', '1  b: 0.5']
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -57,7 +57,7 @@ def interval_figure(rows: Sequence[tuple[str, float, float, float]], *, title: s
     Example:
         >>> figure = interval_figure([("a", 1.0, 0.5, 1.5), ("b", 2.0, 1.5, 2.5)], title="t")
         >>> [text.get_text() for text in figure.axes[0].texts]
-        ['1.00 [0.50, 1.50]', '2.00 [1.50, 2.50]']
+        ['1.0 [0.5, 1.5]', '2.0 [1.5, 2.5]']
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
