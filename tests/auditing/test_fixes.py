@@ -11,6 +11,7 @@ from torch import nn
 
 import bn_lightning as bnl
 from bn_lightning.auditing import AuditReport, Finding, FixResult, Repair, fixes
+from bn_lightning.auditing.weights import changed_weight, weight_checksums
 from bn_lightning.errors import AuditError
 
 
@@ -132,6 +133,64 @@ def test_a_report_of_another_network_is_refused_before_anything_changes(broken):
         assert everything(other) == before
 
 
+@pytest.mark.parametrize("change", ["a step", "one value", "another dtype", "a new parameter", "one gone"])
+def test_statistics_of_weights_that_have_changed_are_refused(broken, change):
+    report = bnl.audit_batch_norm(broken, digits())
+    if change == "a step":
+        modes = {module: module.training for module in broken.modules()}
+        fit(broken, digits()[:1], epochs=1, lr=1e-3)
+        for module, mode in modes.items():
+            module.training = mode
+        name = "0.0.weight"
+    elif change == "one value":
+        weight = broken[0][3].weight.data
+        weight[5, 3, 1, 1] = torch.nextafter(weight[5, 3, 1, 1], torch.tensor(9.0))
+        name = "0.3.weight"
+    elif change == "another dtype":
+        broken[3].half()
+        name = "3.weight"
+    elif change == "a new parameter":
+        broken.append(nn.Linear(10, 1))
+        name = "4.weight"
+    else:
+        broken[0][0].bias = None
+        name = "0.0.bias"
+    before = everything(broken)
+    with pytest.raises(AuditError, match=f"weights of Sequential have changed since the audit \\('{name}'"):
+        bnl.apply_fixes(broken, report)
+    assert everything(broken) == before
+
+
+def test_the_same_values_elsewhere_and_changes_of_nothing_but_settings_are_fine(broken):
+    report = bnl.audit_batch_norm(broken, digits())
+    loaded = network(bias=True).to(memory_format=torch.channels_last)
+    loaded.load_state_dict(broken.state_dict())
+    loaded[0][1].momentum, loaded[0][4].momentum = 0.99, 0.0
+    loaded.eval().requires_grad_(False)[0][1].train()
+    assert len(bnl.apply_fixes(loaded, report).rows) == 5
+    only_momentum = bnl.audit_batch_norm(broken)
+    broken[3].weight.data.add_(1)
+    assert {row.action for row in bnl.apply_fixes(broken, only_momentum).rows} == {"momentum", "training"}
+
+
+def test_checksums_are_of_values_whatever_their_kind():
+    model = nn.ParameterDict(
+        {
+            "none": nn.Parameter(torch.zeros(0)),
+            "scalar": nn.Parameter(torch.tensor(2.0)),
+            "complex": nn.Parameter(torch.ones(2, dtype=torch.complex64)),
+            "brain": nn.Parameter(torch.ones(2, dtype=torch.bfloat16)),
+            "whole": nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False),
+            "lazy": nn.UninitializedParameter(),
+        }
+    )
+    before = weight_checksums(model)
+    assert set(before) == set(model) - {"lazy"}
+    assert changed_weight(model, before) is None
+    model["complex"].data[0] += 1j
+    assert changed_weight(model, before) == "complex"
+
+
 def test_what_is_not_done_is_named_with_the_reason(broken):
     result = bnl.apply_fixes(broken, bnl.audit_batch_norm(broken, digits()))
     left = {each.rule: each for each in result.left}
@@ -159,7 +218,7 @@ def test_recalibration_that_was_only_advised_is_left_without_data():
 
 
 def test_population_statistics_that_the_buffers_cannot_hold_are_left():
-    model = nn.Sequential(nn.BatchNorm1d(2))
+    model = nn.Sequential(nn.BatchNorm1d(2, affine=False))
     report = bnl.audit_batch_norm(model, [1e3 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))])
     model.half()
     result = bnl.apply_fixes(model, report)

@@ -37,9 +37,7 @@ def audit(
 ) -> None:
     """Tell why evaluation is worse than training, which BatchNorm layers do it, and the cure.
 
-    Exits with 0 if there is no finding as severe as --fail_on, with 3 if there is, with 1 if the audit could not be
-    made, and with 2 if an option is not known. Without --data only the network and one recorded forward pass are looked
-    at.
+    Without --data only the network and one recorded forward pass are looked at.
 
     Args:
         model: timm:NAME, torchvision:NAME, package.module:callable, or package.module:LightningModuleClass with its
@@ -52,7 +50,8 @@ def audit(
         loss: Of output and target: a name of torch.nn.functional, such as cross_entropy, or package.module:function, or
             a class of losses. A LightningModule's training_step is used if this is left out.
         batches: Audit over at most so many batches.
-        fail_on: The least severe finding to exit with 3 for.
+        fail_on: The least severe finding to exit with 3 for. Otherwise the exit code is 0; it is 1 if the audit could
+            not be made, and 2 if an option is not known.
         html: Write a page with the picture of the gaps along the network to this file.
         input_size: Of one example, where there is no data, such as 3,224,224.
         include: Name patterns, with commas between, of the layers to audit; all if left out.

@@ -23,7 +23,7 @@ def open_batches(
 
     Args:
         data: ``package.module:LightningDataModuleClass``, or a callable that returns a data module, batches, or a pair
-            (training batches, validation batches).
+            (training batches, validation batches); or one of these itself.
         options: Arguments of it.
         checkpoint: A Lightning checkpoint, whose hyperparameters of the data module are its arguments where ``options``
             does not say otherwise.
@@ -38,9 +38,9 @@ def open_batches(
         saved = read_checkpoint(checkpoint).get("datamodule_hyper_parameters", {})
         given = {**dict(saved), **given}
     try:
-        made = kind(**given)
+        made = kind(**given) if callable(kind) else kind
         if not hasattr(made, "train_dataloader"):
-            return _pair(made)
+            return _pair(made, data)
         made.prepare_data()
         made.setup("fit")
         train = _one_loader(made, "train", data)
@@ -73,8 +73,13 @@ class _Transferred:
             yield batch
 
 
-def _pair(made: Any) -> tuple[Iterable[Any], Iterable[Any] | None]:
+def _pair(made: Any, data: str) -> tuple[Iterable[Any], Iterable[Any] | None]:
     """Tell training and validation batches from two batches: no tensor, tuple or dict is a collection of batches."""
+    if not isinstance(made, Iterable):
+        raise BatchNormError(
+            f"{data!r} gave a {type(made).__name__}; expected a data module, batches, or a pair of training and "
+            "validation batches."
+        )
     if isinstance(made, tuple) and len(made) == 2:
         train, val = made
         if isinstance(train, Iterable) and not isinstance(train, Tensor | tuple | dict | str):
