@@ -197,7 +197,10 @@ def test_what_is_not_done_is_named_with_the_reason(broken):
     assert "bias=False" in left["redundant-bias"].reason
     printed = str(result)
     assert printed.startswith("5 fixes applied to 2 layers")
-    assert "training mode" in printed
+    told = [" ".join(line.split()) for line in printed.splitlines()]
+    assert "0.1 training training mode evaluation mode" in told
+    assert "0.1 momentum 0.99 0.01" in told
+    assert any(line.startswith("0.1 recalibrate gap nan output std gap") for line in told)
     assert "left: redundant-bias: for you to decide: " in printed
     assert "0.4" in result._repr_html_()
     values = json.loads(json.dumps(result.to_dict(), allow_nan=True))

@@ -10,9 +10,10 @@ import re
 import pytest
 from rich.console import Console
 
-from bn_lightning.auditing import AuditReport, ChannelGap, Finding, GapRow, LossReading, NotLooked, Repair
+from bn_lightning.auditing import RULES, AuditReport, ChannelGap, Finding, GapRow, LossReading, NotLooked, Repair
 from bn_lightning.auditing.console import to_text
 from bn_lightning.auditing.losses import compare_losses
+from bn_lightning.auditing.words import BOUNDS
 
 LONG = "backbone.encoder.stages.3.blocks.11.very_long_attribute_name_of_a_block.mlp.norm2"
 ROWS = (
@@ -103,6 +104,43 @@ def test_a_worst_finding_that_takes_a_decision_has_its_own_fix_first():
     assert only_info[1:3] == ["findings: 1 info", ""], "nothing to do, and no gap to speak of"
 
 
+def test_of_many_rules_three_are_named_and_of_many_fixes_too():
+    found = [
+        Finding(f"rule-{index}", "warning", name, "is off", {}, "any", f"do {index}{name}", repair)
+        for index in range(5)
+        for name, repair in (("a", Repair("momentum", 0.1)), ("b", None))
+    ]
+    lines = str(AuditReport("Net", 3, (), tuple(found[:-1]))).splitlines()
+    assert lines[2] == "  what   rule-0 in 2 layers, rule-1 in 2 layers, rule-2 in 2 layers and 2 more"
+    assert lines[4] == (
+        "         repairs 5 of 9 findings (rule-0, rule-1, rule-2, rule-3, rule-4); no weight changes; has undo()"
+    )
+    same = [Finding("r", "warning", f"l{index}", "is off", {}, "any", f"do {index}") for index in range(5)]
+    told = str(AuditReport("Net", 3, (), tuple(same))).splitlines()
+    place = told.index("  fix:       do 0")
+    assert told[place + 1 : place + 4] == [
+        "  or there:  do 1",
+        "  or there:  do 2",
+        "  … and 2 more fixes; report.findings has all",
+    ]
+    assert "… and" not in str(AuditReport("Net", 3, (), tuple(same[:3])))
+
+
+@pytest.mark.parametrize(
+    ("gap", "told"),
+    [(0.099, None), (0.1, "0.1 output standard deviations"), (math.nan, "not finite"), (math.inf, "inf output")],
+    ids=str,
+)
+def test_a_gap_is_told_from_noteworthy_on(gap, told):
+    lines = str(AuditReport("Net", 3, (GapRow("", gap, (), 8, None),), ())).splitlines()
+    assert lines[2].startswith(f"  where  largest gap in (root): {told}") if told else lines[2] == ""
+
+
+def test_the_bounds_are_those_of_the_rule():
+    threshold = next(rule.threshold for rule in RULES if rule.slug == "not-converged")
+    assert threshold.startswith("gap " + ", ".join(f"≥ {bound:g} ({name})" for name, bound in BOUNDS))
+
+
 def test_the_details_have_evidence_threshold_fix_losses_gaps_and_what_was_missed(report):
     lines = str(report).splitlines()
     place = lines.index("ERROR not-converged in 'deep<b>'")
@@ -150,11 +188,14 @@ def test_nothing_is_wider_than_110_columns_or_longer_than_two_screens(number):
         assert str(many_layers(100)).count("recalibrate_batch_norm") == 1
 
 
-def test_healthy_layers_are_five_lines():
-    rows = tuple(GapRow(f"bn{index}", 0.01, (), 8, None, index=index) for index in range(60))
-    told = str(AuditReport("Net", 1, rows, ()))
-    assert "… and 55 layers with smaller gaps" in told
-    assert sum(line.startswith("  bn") for line in told.splitlines()) == 5
+@pytest.mark.parametrize(
+    ("layers", "noteworthy", "shown"), [(20, 0, 20), (21, 0, 5), (60, 5, 5), (60, 7, 7), (60, 20, 20), (60, 21, 20)]
+)
+def test_of_many_layers_the_noteworthy_are_shown_and_the_others_counted(layers, noteworthy, shown):
+    rows = tuple(GapRow(f"bn{index}", 0.1 if index < noteworthy else 0.099, (), 8, None) for index in range(layers))
+    told = str(AuditReport("Net", 1, rows, ())).splitlines()
+    assert sum(line.startswith("  bn") for line in told) == shown
+    assert any(f"… and {layers - shown} layer" in line for line in told) == (layers != shown)
 
 
 @pytest.mark.parametrize(("columns", "widest"), [("72", 72), ("80", 80), ("300", 110)])

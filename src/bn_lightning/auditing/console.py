@@ -35,7 +35,7 @@ __all__ = ["gap_table", "print_report", "to_text", "told_change"]
 
 _WIDEST, _NARROWEST = 110, 40
 _NARROWEST_NAME = 16
-# Healthy layers are not worth a page; a few show that they were looked at.
+# Of many healthy layers a few show that they were looked at.
 _MOST_LAYERS, _FEWEST_LAYERS = 20, 5
 _MOST_FIXES = 3
 _STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold blue"}
@@ -168,8 +168,10 @@ class _Writer:
     def _gaps(self, report: "AuditReport") -> Iterator[_Part]:
         with_gap = [row for row in report.layers if row.gap is not None]
         if with_gap:
-            noteworthy = sum(not (row.gap or 0.0) < BOUNDS[0][1] for row in with_gap)
-            shown = with_gap[: max(_FEWEST_LAYERS, min(_MOST_LAYERS, noteworthy))]
+            shown = with_gap
+            if len(with_gap) > _MOST_LAYERS:
+                noteworthy = sum(not (row.gap or 0.0) < BOUNDS[0][1] for row in with_gap)
+                shown = with_gap[: max(_FEWEST_LAYERS, min(_MOST_LAYERS, noteworthy))]
             title, *drawn = str(gap_table(shown, "gaps along the layers, worst first", self.width)).splitlines()
             yield title, "bold"
             yield "\n".join(drawn), ""

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bn_lightning.auditing.finding import Finding, Repair
 from bn_lightning.auditing.report import AuditReport
 from bn_lightning.auditing.weights import changed_weight
+from bn_lightning.auditing.words import many
 from bn_lightning.errors import AuditError
 from bn_lightning.functional import channel_gap, layer_gap
 from bn_lightning.recalibration.result import write_statistics
@@ -94,7 +95,7 @@ class FixResult:
     def _table(self) -> Table:
         layers = len({row.layer for row in self.rows})
         return Table(
-            f"{len(self.rows)} fixes applied to {layers} layers" if self.rows else "no fix applied",
+            f"{many(len(self.rows), 'fix')} applied to {many(layers, 'layer')}" if self.rows else "no fix applied",
             ("layer", "action", "before", "after"),
             [
                 (row.layer or "(root)", row.action, _shown(row.action, row.before), _shown(row.action, row.after))

@@ -176,7 +176,7 @@ def many(count: int, noun: str) -> str:
         >>> many(1, "layer"), many(2, "training batch")
         ('1 layer', '2 training batches')
     """
-    plural = noun + ("es" if noun.endswith("ch") else "s")
+    plural = noun + ("es" if noun.endswith(("ch", "x")) else "s")
     return f"{count} {noun if count == 1 else plural}"
 
 
