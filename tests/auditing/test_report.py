@@ -229,9 +229,32 @@ def test_a_terminal_gets_colours_and_its_width_and_a_file_plain_text(report):
     assert printed(False) == f"{report}\n"
     coloured = printed(True)
     assert "\x1b[1;31mERROR not-converged in 'deep<b>'\x1b[0m" in coloured
+    assert "\x1b[1;31mfindings: 1 error, 1 info\x1b[0m" in coloured
+    assert "\x1b[1m  fix    bn_lightning.apply_fixes(model, report)\x1b[0m" in coloured
     assert max(len(line) for line in re.sub(r"\x1b\[[0-9;]*m", "", coloured).splitlines()) <= 80
     assert "gap ? 1" in printed(False, "ascii"), "a log file without ≥ is no reason to fail"
     assert "gap ? 1" in printed(True, "ascii")
+
+
+@pytest.mark.parametrize(("batches", "style"), [(2, "\x1b[1;32m"), (0, "")], ids=["looked", "not-looked"])
+def test_only_what_was_looked_at_is_green(batches, style):
+    console = Console(file=io.StringIO(), width=110, force_terminal=True, color_system="standard")
+    AuditReport("Net", batches, ROWS[1:], ()).print(console)
+    assert console.file.getvalue().splitlines()[1].startswith(f"{style}no findings")
+
+
+def test_parts_are_apart_and_words_whole(report):
+    lines = str(report).splitlines()
+    for part in ("ERROR not", "INFO dec", "loss on", "gaps along", "not looked"):
+        place = next(index for index, line in enumerate(lines) if line.startswith(part))
+        assert lines[place - 1] == "", part
+    change = "loss change: of the deployed network to first order, if that layer alone were recalibrated."
+    assert change in lines
+    without = AuditReport("Net", 3, (GapRow("a", 0.5, (), 8, None),), ())
+    assert "loss change" not in str(without)
+    text = f"run-this-command-{'x' * 150} " + "bn-lightning audit --fail_on=error " * 20
+    told = str(AuditReport("Net", 3, (), (Finding("r", "error", None, "m", {}, "t", text),)))
+    assert text.strip() in " ".join(told.split())
 
 
 def test_intervals_of_one_batch_and_ends_below_zero_are_explained():
