@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
@@ -402,8 +403,67 @@ def test_the_page_has_every_layer_in_the_order_of_the_network_and_each_finding_o
     places = [page.index(f"<td>{LONG}.{index:03}</td>") for index in range(30)]
     assert places == sorted(places, reverse=True)
     assert "all 30, with their evidence" in page
+    assert "<h3>ERROR not-converged: 30 layers</h3>" in page
     assert page.count("&#x27;,") < 30
     assert '<section class="card error">' in page
+
+
+class Outline(HTMLParser):
+    """Checks that every element is closed in its place, and collects tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tables, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1].append(data)
+
+
+def outlined(page):
+    outline = Outline()
+    outline.feed(page)
+    assert outline.open == []
+    return outline
+
+
+def test_the_page_is_well_formed_and_its_tables_are_whole(report):
+    outline = outlined(report.to_html())
+    losses, layers, notes, missed = outline.tables
+    assert losses[0] == ["reading", "mean [95 % interval]", "which is"]
+    assert ["deployed", "2.10 [1.62, 2.58]", "evaluation mode, as the network is"] in losses
+    assert layers == [
+        ["layer", "gap", "worst channels (gap)", "values per channel", "loss change predicted", "confirmed"],
+        ["first", "0.02", "640", "+0", "–"],
+        ["deep<b>", "1.5", "3 (2)", "640", "-0.2", "-0.15"],
+        ["frozen", "–", "640", "–", "–"],
+    ]
+    assert notes == [["note", "layers"], ["frozen", "'frozen'"]]
+    assert missed == [["what", "why"], ["padding", "it needs data"]]
+    text = "\n".join(outline.text)
+    assert "ERROR not-converged in 'deep<b>'" in outline.text
+    assert "dropout: no evidence, the difference is 0 [0, 0] (batch statistics 1, full training 1)" in outline.text
+    for number in ("0.02", "640", "+0"):
+        assert f'<td class="number">{number}</td>' in report.to_html()
+    assert "<td>3 (2)</td>" in report.to_html()
+    for line in ("what: not-converged in 'deep<b>'", "fix:", "repairs 1 of 2 findings", "Loss change: of the deployed"):
+        assert f"\n{line}" in text, line
+    plain = AuditReport("Net", 3, (GapRow("", math.nan, (), 8, None),), ())
+    (layers,) = outlined(plain.to_html()).tables
+    assert layers == [["layer", "gap", "worst channels (gap)", "values per channel"], ["(root)", "nan", "8"]]
+    assert "Loss change" not in plain.to_html()
 
 
 def test_a_notebook_shows_the_same_as_a_fragment(report):

@@ -46,6 +46,7 @@ class NoVal(WithVal):
 
 class Scaled(WithVal):
     def on_before_batch_transfer(self, batch, dataloader_idx):
+        assert dataloader_idx == 0
         return [batch[0] + 1]
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
@@ -128,6 +129,7 @@ def test_a_function_gives_batches_or_two_collections_of_them(opened):
     assert opened(lambda: [one, two]) == [[[1], [2]], None]
     assert opened(lambda: (one, two)) == [[[1], [2]], None], "two batches"
     assert opened(lambda: ((one, two), (two, one))) == [[[1], [2]], None], "two pairs of input and target"
+    assert opened(lambda: [[one, two], [two, one]]) == [[[1], [2]], None], "the same as lists"
     assert opened(lambda: ([one], [two])) == [[[1]], [[2]]]
     assert opened(lambda: (loader(), None)) == [[[0, 1], [2, 3]], None]
     assert opened(WithVal, {"start": 3})[0] == opened(lambda start: WithVal(start), {"start": 3})[0]
