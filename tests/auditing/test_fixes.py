@@ -121,7 +121,9 @@ def test_a_layer_that_refuses_a_setting_leaves_the_others_as_they_were():
 def test_a_report_of_another_network_is_refused_before_anything_changes(broken):
     report = bnl.audit_batch_norm(broken, digits())
     others = {
-        "no BatchNorm layer of that name": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)),
+        "a layer '0.1', and Sequential has no BatchNorm layer of that name": nn.Sequential(
+            nn.Linear(3, 4), nn.BatchNorm1d(4)
+        ),
         "had 16 channels and has 12": nn.Sequential(
             nn.Sequential(*(nn.Identity(), nn.BatchNorm2d(8)), *(nn.Identity(), nn.Identity(), nn.BatchNorm2d(12)))
         ),
@@ -206,6 +208,7 @@ def test_what_is_not_done_is_named_with_the_reason(broken):
     values = json.loads(json.dumps(result.to_dict(), allow_nan=True))
     assert {"rule": "redundant-bias", "layer": None, "reason": left["redundant-bias"].reason} in values["left"]
     assert len(values["applied"]) == 5
+    assert {"layer": "0.1", "action": "momentum", "before": 0.99, "after": 0.01} in values["applied"]
 
 
 def test_recalibration_that_was_only_advised_is_left_without_data():

@@ -82,8 +82,9 @@ PROJECT = """
     from torch.utils.data import DataLoader, TensorDataset
 
     def net(offset=3.0):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
         net[0].running_mean.fill_(offset)
         net[0].num_batches_tracked.fill_(100)
         return net
@@ -98,6 +99,7 @@ PROJECT = """
             return self.net(x)
 
         def training_step(self, batch, batch_idx):
+            assert batch_idx == 0
             loss = nn.functional.cross_entropy(self(batch["x"]), batch["y"])
             self.log("loss", loss)
             return loss
