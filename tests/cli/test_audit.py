@@ -177,6 +177,7 @@ def test_a_projects_own_module_checkpoint_and_data_in_the_working_folder(project
     first = capsys.readouterr()
     assert json.loads(first.out)["batches"] == 2
     assert first.err == ""
+    torch.rand(3)
     assert run(*arguments, "--data_options", '{"number": 2}', "--json") == 3
     assert capsys.readouterr().out == first.out, "the same again, though the loader shuffles"
 
