@@ -1,5 +1,6 @@
 """Bars along a network: every value in its place and colour, the largest named, noise that looks like noise."""
 
+import itertools
 import math
 
 import numpy as np
@@ -98,3 +99,32 @@ def test_wrong_input_is_refused():
     for names, values in (([], []), (["a"], [1.0, 2.0])):
         with pytest.raises(ValueError, match="at least one bar and as many values as names"):
             bar_figure(names, values, title="t", ylabel="y", bounds=BOUNDS)
+
+
+def test_all_texts_are_in_the_picture_and_none_upon_another():
+    figure = drawn([0.3, 0.9, 0.8, 0.7, 1.2, 0.4])
+    figure.canvas.draw()
+    width, height = figure.canvas.get_width_height()
+    axes = figure.axes[0]
+    above = [text.get_window_extent() for text in figure.texts]
+    numbers = [text.get_window_extent() for text in axes.texts if text.get_text().isdecimal()]
+    for box in (*above, *numbers):
+        assert 0 <= box.x0 < box.x1 <= width
+        assert axes.bbox.y1 <= box.y0 < box.y1 <= height
+    assert all(one.y0 >= other.y1 for one, other in itertools.pairwise(above)), "lines from the top down"
+    assert max(box.y1 for box in numbers) <= above[-1].y0
+    assert axes.get_ylabel() == "gap"
+    assert not axes.get_xticks().size
+    named = [text.get_window_extent() for text in axes.texts if "≥" in text.get_text()]
+    assert all(axes.bbox.x1 < box.x0 < box.x1 <= width for box in named)
+    for bound, box in zip((0.1, 0.25, 1.0), named, strict=True):
+        assert (box.y0 + box.y1) / 2 == pytest.approx(axes.transData.transform((0, bound))[1], abs=3)
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(1.99, "linear"), (2.01, "log")])
+def test_the_scale_is_logarithmic_from_twenty_times_the_lowest_bound(largest, scale):
+    axes = drawn([0.05, largest]).axes[0]
+    assert axes.get_yscale() == scale
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert f"{largest:g}" in labels
+    assert len(axes.yaxis.get_minor_locator()()) == 0
