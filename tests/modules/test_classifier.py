@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -323,6 +324,46 @@ def test_a_zoo_network_knows_an_example_of_its_inputs():
     assert module(module.example_input_array).shape == (2, 4)
     assert module.folded().report.error < 1e-9
     assert ImageClassifier(module.model, num_classes=4).example_input_array is None
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+def test_the_example_has_the_precision_of_the_training(tmp_path, precision, capsys):
+    module = ImageClassifier("timm:test_resnet", num_classes=4)
+    loader = DataLoader(TensorDataset(torch.randn(4, 3, 32, 32), torch.arange(4)), batch_size=4)
+    fit = pl.Trainer(
+        max_steps=1,
+        precision=precision,
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    fit.fit(module, loader, loader)  # its summary runs the example
+    assert "In sizes" in capsys.readouterr().out
+    assert module.example_input_array.dtype == next(module.model.parameters()).dtype
+    module.example_input_array = (torch.zeros(1, 3, 8, 8), 3)
+    assert module.example_input_array[1] == 3
+
+
+class Records(nn.Module):
+    """Answers with a record of a class of its own, as transformers' networks do."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return SimpleNamespace(loss=None, logits=self.network(images))
+
+
+def test_a_program_gives_the_logits_and_not_the_record_around_them(tmp_path):
+    module = ImageClassifier(Records(randomized(ResidualNetwork(**SMALL))))
+    images = torch.randn(2, 1, 8, 8)
+    program = torch.export.load(module.ship(tmp_path / "net.pt2", images).path).module()
+    torch.testing.assert_close(program(images), module.eval()(images), rtol=1e-4, atol=1e-4)
+    whole = torch.load(module.ship(tmp_path / "net.pt", images).path, weights_only=False)
+    assert type(whole) is Records
 
 
 def test_a_compiled_network_in_channels_last_is_left_as_it_is(tmp_path):

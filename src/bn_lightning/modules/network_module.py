@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import skip_init
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from typing_extensions import override
 
@@ -20,10 +21,11 @@ from bn_lightning.folding.ship import ShippedFile, require_format, ship_network
 from bn_lightning.layers.convert import convert_batch_norm
 from bn_lightning.modules.network_source import open_source, require_plain
 from bn_lightning.modules.optimization import build_optimizer, build_schedule
-from bn_lightning.modules.outputs import logits_of, weighted_logits
+from bn_lightning.modules.outputs import LogitsOnly, logits_of, weighted_logits
 from bn_lightning.modules.parameter_groups import decay_groups
 from bn_lightning.preservation import preserved
 from bn_lightning.selection import unwrap
+from bn_lightning.tracing.nested import map_tensors
 from bn_lightning.zoo import default_input_size, is_zoo_name
 
 __all__ = ["NetworkModule"]
@@ -79,7 +81,7 @@ class NetworkModule(pl.LightningModule):
             require_plain(name, value)
         self.save_hyperparameters(hyperparameters)
         # A wrong name or option should not wait until the data is there.
-        self._optimization(nn.Linear(1, 1), steps=lambda: 2, epochs=1)
+        self._optimization(skip_init(nn.Linear, 1, 1), steps=lambda: 2, epochs=1)
         self.model = open_source(
             model, num_classes, network_options=network_options, pretrained=pretrained, checkpoint=checkpoint
         )
@@ -94,6 +96,20 @@ class NetworkModule(pl.LightningModule):
         self.val_metrics, self.test_metrics = measured.clone(prefix="val/"), measured.clone(prefix="test/")
         # NaN stays NaN. ("disable" does that too, but takes every weight for 1, torchmetrics 1.9.)
         self.val_loss, self.test_loss = (MeanMetric(nan_strategy=math.nan) for _ in range(2))
+
+    @property
+    @override
+    def example_input_array(self) -> Any:
+        """An example of what ``forward`` takes, where it is known, on the module's device and in its precision.
+
+        Lightning's model summary runs on it, and under ``precision="bf16-true"`` fails if it is float32.
+        """
+        like = torch.empty((), device=self.device, dtype=self.dtype)  # type: ignore[arg-type]
+        return map_tensors(super().example_input_array, lambda x: x.to(like if x.is_floating_point() else like.device))
+
+    @example_input_array.setter
+    def example_input_array(self, example: Any) -> None:
+        pl.LightningModule.example_input_array.__set__(self, example)  # type: ignore[attr-defined]
 
     def metrics(self, num_classes: int, ignore_index: int) -> dict[str, Metric]:
         """Return what is measured of logits and labels in validation and test, by the name it is logged under."""
@@ -173,20 +189,22 @@ class NetworkModule(pl.LightningModule):
             self.model.eval()
             return fold_batch_norm(self.model, self._examples(example_inputs), inplace=False, **options)
 
-    def ship(self, path: str | Path, example_inputs: Any = None) -> ShippedFile:
-        """Write the folded network into one file.
+    def ship(self, path: str | Path, images: Tensor | None = None) -> ShippedFile:
+        """Write the folded network into one file; what it returns are the main logits, unless it is written as it is.
 
         Args:
             path: Its ending says the format: ``.pt2`` a program of ``torch.export``, ``.onnx``, or ``.pt`` the network
                 as it is; see `ship_network`.
-            example_inputs: As for `folded`.
+            images: Example inputs, (N, C, H, W); ``example_input_array`` if left out.
 
         Raises:
             FoldError: As `fold_batch_norm`.
             BatchNormError: As `ship_network`, or if there are no example inputs.
         """
         require_format(path)
-        return ship_network(self.folded(example_inputs).model, self._examples(example_inputs), path)
+        network = self.folded(images).model
+        written_whole = Path(path).suffix.lower() in (".pt", ".pth")
+        return ship_network(network if written_whole else LogitsOnly(network).eval(), self._examples(images), path)
 
     def _evaluate(
         self, stage: str, mean_loss: MeanMetric, metrics: MetricCollection, batch: tuple[Tensor, Tensor]
@@ -209,13 +227,13 @@ class NetworkModule(pl.LightningModule):
             )
 
     def _examples(self, given: Any) -> Any:
-        examples = self.example_input_array if given is None else given
-        if examples is None:
+        if given is not None:
+            return given
+        if self.example_input_array is None:
             raise BatchNormError(
-                f"{type(self.model).__name__} does not say the size of its inputs: give example_inputs=, such as the "
-                "images of one batch."
+                f"{type(self.model).__name__} does not say the size of its inputs: give the images of one batch."
             )
-        return self.transfer_batch_to_device(examples, self.device, 0) if given is None else examples
+        return self.example_input_array
 
     def _optimization(
         self, network: nn.Module, *, steps: Callable[[], float], epochs: int | None

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bn_lightning.errors import BatchNormError
 
-__all__ = ["logits_of", "weighted_logits"]
+__all__ = ["LogitsOnly", "logits_of", "weighted_logits"]
 
 # transformers and torchvision's googlenet and inception_v3; torchvision's segmentation networks.
 _MAIN = ("logits", "out")
@@ -65,3 +65,23 @@ def weighted_logits(output: Any) -> list[tuple[Tensor, float]]:
             "that has them as 'logits' or 'out'. Wrap the network in a module that returns the logits."
         )
     return [(main[0], 1.0), *((found[name], weight) for name, weight in _AUXILIARY.items() if name in found)]
+
+
+class LogitsOnly(nn.Module):
+    """A network that returns its main logits and nothing else, whatever the one inside returns.
+
+    An exported program of a network that returns a record needs the package of the record's class to be loaded.
+
+    Example:
+        >>> import torch
+        >>> LogitsOnly(nn.Linear(2, 3))(torch.zeros(1, 2)).shape
+        torch.Size([1, 3])
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the main logits."""
+        return logits_of(self.network(images))
