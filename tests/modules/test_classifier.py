@@ -12,6 +12,7 @@ import torch
 from batch_normed import kinds, randomized
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 from torchvision.models import googlenet
 
 from bn_lightning.errors import BatchNormError, ConversionError, FoldError
@@ -134,6 +135,19 @@ def test_loss_accuracy_and_top_5_of_unequal_batches_with_images_to_ignore(tmp_pa
     assert logged["test/accuracy"] == pytest.approx((rank == 0).mean(), abs=1e-6)
     assert logged["test/accuracy_top5"] == pytest.approx((rank < 5).mean(), abs=1e-6)
     assert (rank == 0).mean() < (rank < 5).mean() < 1, "the two are told apart"
+
+
+def test_metrics_that_agree_on_the_first_batch_stay_apart(tmp_path):
+    class Two(ImageClassifier):
+        def metrics(self, num_classes, ignore_index):
+            return {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in (2, 3)}
+
+    labels = torch.arange(8) % 4
+    logits = nn.functional.one_hot(labels, 4) * 9.0 + torch.arange(4) * 0.1
+    logits[4:] = torch.tensor([3.0, 2.0, 1.0, 0.0])  # of the second batch two and three of four are among so many
+    loader = DataLoader(TensorDataset(logits, labels), batch_size=4)
+    logged = trainer(tmp_path).test(Two(Answers(), num_classes=4), loader, verbose=False)[0]
+    assert (logged["test/top2"], logged["test/top3"]) == (pytest.approx(6 / 8), pytest.approx(7 / 8))
 
 
 def test_of_five_classes_there_is_no_top_5():
