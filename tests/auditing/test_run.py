@@ -11,8 +11,8 @@ from auditing import slow_readings as slow
 from torch import nn
 
 from bn_lightning.auditing import audit_batch_norm
-from bn_lightning.auditing.run import Run, examples_in
 from bn_lightning.errors import AuditError
+from bn_lightning.recalibration.run import Run, examples_in
 
 Pair = collections.namedtuple("Pair", ["x", "y"])
 

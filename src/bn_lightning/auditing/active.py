@@ -14,9 +14,9 @@ from bn_lightning.auditing.exchange import from_everyone
 from bn_lightning.auditing.losses import LossChange, LossReadings, compare_losses
 from bn_lightning.auditing.observer import Observer
 from bn_lightning.auditing.passes import Passes
-from bn_lightning.auditing.run import Run, examples_in
 from bn_lightning.errors import SingleValueError
 from bn_lightning.recalibration import LayerPopulation
+from bn_lightning.recalibration.run import Run, examples_in
 
 __all__ = ["Measured", "measure", "usable_statistics"]
 

@@ -18,13 +18,13 @@ from bn_lightning.auditing.reading import AuditReading, read_layer
 from bn_lightning.auditing.report import AuditReport, NotLooked, gap_row
 from bn_lightning.auditing.rules import RULES
 from bn_lightning.auditing.rules.rule import SOURCES, Rule
-from bn_lightning.auditing.run import Run
 from bn_lightning.auditing.training import TrainingSettings
 from bn_lightning.errors import AuditError, BatchNormError, RecalibrationError
 from bn_lightning.layers.merge import statistics_spread
 from bn_lightning.layers.processes import count_processes
 from bn_lightning.preservation import out_of_inference_mode, preserved, written_back
 from bn_lightning.recalibration.batches import checked_batches
+from bn_lightning.recalibration.run import Run
 from bn_lightning.selection import describe, require_batch_norms, unwrap
 from bn_lightning.tracing import ForwardRecord, record_forward
 
@@ -119,7 +119,7 @@ def audit_batch_norm(
     Reference:
         Wu & Johnson, arXiv:2105.07576.
     """
-    run = Run(loss, step, forward)
+    run = Run(loss, step, forward, AuditError)
     network = unwrap(model)
     layers = require_batch_norms(network, include, exclude, error=AuditError)
     try:
@@ -133,7 +133,7 @@ def audit_batch_norm(
         out_of_inference_mode(),
     ):
         if step is not None and put_back is not None:
-            run = Run(step=_after(put_back, step))
+            run = Run(step=_after(put_back, step), error=AuditError)
         kept = together(lambda: _kept("train_batches", train_batches, max_batches))
         kept_val = together(lambda: _kept("val_batches", val_batches, max_batches))
         _require_alike({"train_batches": kept, "val_batches": kept_val}, run)

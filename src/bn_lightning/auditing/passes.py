@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import escape
 from typing import Any
 
@@ -13,12 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bn_lightning.auditing.attribution import Attribution
 from bn_lightning.auditing.observer import Observer, observed_batch
 from bn_lightning.auditing.own_batch import by_own_batch
-from bn_lightning.auditing.run import Run, as_given, examples_in, same_randomness
 from bn_lightning.errors import SingleValueError
 from bn_lightning.layers.frozen import FrozenBatchNorm
 from bn_lightning.layers.paused import paused_statistics
 from bn_lightning.preservation import eagerly, out_of_inference_mode
 from bn_lightning.recalibration import LayerPopulation, population_statistics
+from bn_lightning.recalibration.run import Run, as_given, examples_in, same_randomness
 
 __all__ = ["Passes"]
 
@@ -60,7 +60,7 @@ class Passes:
         Returns:
             The populations, and a loss for each batch; ``None`` for one that was left out.
         """
-        run = self.run if reads or self.run.step is not None else Run(forward=self.run.forward)
+        run = self.run if reads or self.run.step is not None else replace(self.run, loss=None)
         losses: list[float | None] = []
         watching = [observer for observer in self.observers if name in observer.passes]
 

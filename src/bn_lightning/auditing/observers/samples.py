@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from bn_lightning.auditing.observer import Observer, each_input
-from bn_lightning.auditing.run import same_randomness
 from bn_lightning.errors import first_line
 from bn_lightning.functional import ChannelMoments, batch_moments
 from bn_lightning.internals import drop_hooks
@@ -20,6 +19,7 @@ from bn_lightning.layers.cross_replica import CrossReplicaBatchNorm
 from bn_lightning.layers.ghost import GhostBatchNorm
 from bn_lightning.layers.kinds import has_activation, is_plain
 from bn_lightning.preservation import preserved_rng, without_autocast
+from bn_lightning.recalibration.run import same_randomness
 
 __all__ = ["FLOOR", "ROUNDINGS", "DeviceError", "SampleObserver", "compare_with_float64"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.errors import AuditError
+from bn_lightning.errors import BatchNormError
 from bn_lightning.recalibration.batches import cloned_from_inference, run_on
 
 __all__ = ["Run", "as_given", "examples_in", "same_randomness"]
@@ -26,19 +26,21 @@ class Run:
         loss: A function ``(output, target) -> scalar`` for batches that are pairs, or ``None``.
         step: A function ``(model, batch) -> scalar`` that runs the network itself, or ``None``.
         forward: A function ``(model, batch) -> output``; ``None`` runs the network on the batch or its first element.
+        error: What to raise if it cannot be.
 
     Raises:
-        AuditError: If there is a ``step`` beside one of the others, which it would leave unused.
+        BatchNormError: Of that class, if there is a ``step`` beside one of the others, which it would leave unused.
     """
 
     loss: Callable[[Any, Any], Any] | None = None
     step: Callable[[nn.Module, Any], Any] | None = None
     forward: Callable[[nn.Module, Any], object] | None = None
+    error: type[BatchNormError] = BatchNormError
 
     def __post_init__(self) -> None:
         for name in ("loss", "forward"):
             if self.step is not None and getattr(self, name) is not None:
-                raise AuditError(
+                raise self.error(
                     f"got both step= and {name}=: step runs the network and returns the loss by itself. Give step= "
                     "alone, or loss= with or without forward=."
                 )
@@ -52,24 +54,22 @@ class Run:
         """Run the network, and return the loss as a scalar tensor; ``None`` if there is none or the step skips it.
 
         Raises:
-            AuditError: If the batch has no target, or what should be a loss is none.
+            BatchNormError: Of the given class, if the batch has no target, or what should be a loss is none.
         """
         # Containers of its own: a step that pops a batch's labels leaves them to the next pass.
         batch = _moved(cloned_from_inference(batch), _device(network))
         if self.step is not None:
-            return _as_loss(self.step(network, batch), "step")
+            return _as_loss(self.step(network, batch), "step", self.error)
         output = run_on(network, batch, self.forward)
         if self.loss is None:
             return None
         if not isinstance(batch, tuple | list) or len(batch) < 2:
-            raise AuditError(
+            raise self.error(
                 "loss= takes the output and the target of batches that are (input, target) pairs, got a batch that is "
                 f"a {type(batch).__name__}. Give step=lambda model, batch: …, which returns a batch's loss, instead."
             )
-        target = batch[1]
-        return _as_loss(
-            self.loss(output, _moved(target, output.device) if isinstance(output, Tensor) else target), "loss"
-        )
+        target = _moved(batch[1], output.device) if isinstance(output, Tensor) else batch[1]
+        return _as_loss(self.loss(output, target), "loss", self.error)
 
 
 @contextmanager
@@ -116,10 +116,10 @@ def same_randomness(index: int, devices: Iterable[torch.device] = ()) -> None:
         numpy.random.seed(index)
 
 
-def _as_loss(value: Any, name: str) -> Tensor | None:
+def _as_loss(value: Any, name: str, error: type[BatchNormError]) -> Tensor | None:
     if isinstance(value, Mapping):
         if "loss" not in value:
-            raise AuditError(
+            raise error(
                 f'expected {name}= to return a scalar, or a dict with "loss", got a dict of {sorted(map(str, value))}.'
             )
         value = value["loss"]
@@ -131,7 +131,7 @@ def _as_loss(value: Any, name: str) -> Tensor | None:
         what = f"a {type(value).__name__}"
         if isinstance(value, Tensor):
             what = f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-        raise AuditError(
+        raise error(
             f"expected {name}= to return a scalar, the mean loss of the batch, got {what}. Reduce it, as by .mean(); a "
             'step may also return a dict with "loss", or None to leave a batch out.'
         )
