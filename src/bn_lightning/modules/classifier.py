@@ -1,126 +1,70 @@
 """Train any network to classify images."""
 
-from typing import Any
-
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
 
-from bn_lightning.errors import BatchNormError
-from bn_lightning.modules.parameter_groups import decay_groups
-from bn_lightning.networks import build_network
+from bn_lightning.modules.network_module import NetworkModule
 
 __all__ = ["ImageClassifier"]
 
 
-class ImageClassifier(pl.LightningModule):
-    """Cross-entropy, SGD with Nesterov momentum, one learning-rate cycle; accuracy by torchmetrics.
+class ImageClassifier(NetworkModule):
+    """Train a network on images and their classes: cross-entropy, optimizer and schedule by name, accuracy.
 
-    Hyperparameters hold names and plain values only, so a checkpoint loads under ``weights_only``. A network given
-    as an object is not one of them: ``ImageClassifier.load_from_checkpoint(path, model=network)``.
+    Hyperparameters hold names and plain values only, so ``ImageClassifier.load_from_checkpoint(path)`` rebuilds a named
+    network, under ``weights_only`` too and without fetching the zoo's weights again. A network given as an object is
+    not one of them: ``ImageClassifier.load_from_checkpoint(path, model=network)``.
+
+    The network returns logits: a tensor, or ``.logits`` or ``"out"`` of a mapping or record. Auxiliary logits, as
+    torchvision's GoogLeNet and Inception-v3 have them in training, add to the loss with 0.3 and 0.4.
 
     Args:
-        model: A network's name (see `bn_lightning.networks.build_network`), or any network from images
-            (N, C, H, W) to logits (N, num_classes).
-        num_classes: Number of classes.
-        learning_rate: The peak of the cycle, per optimizer step.
-        momentum: Of SGD (not of BatchNorm).
+        model: A zoo's network (``timm:resnet50``, ``torchvision:resnet50``, ``package.module:callable``, see
+            `bn_lightning.zoo.load_zoo_model`), one of `bn_lightning.networks.build_network`,
+            ``{"class_path": "package.module.Class", "init_args": {…}}``, or any network from images (N, C, H, W) to
+            logits (N, num_classes).
+        num_classes: Number of classes; a named network is built with so many outputs.
+        norm: A variant for `bn_lightning.convert_batch_norm`, which its BatchNorm layers become, in place; ``None``
+            leaves them.
+        norm_options: For the conversion: the variant's settings, ``include`` and ``exclude``.
+        optimizer: A class of ``torch.optim`` by name, in any case: ``sgd``, ``adam``, ``adamw``, ….
+        optimizer_options: Of its constructor. SGD has Nesterov momentum of 0.9 unless they say otherwise.
+        learning_rate: Per optimizer step; of ``one_cycle`` the peak.
         weight_decay: For weights; norm parameters and biases do not decay.
-        network_options: For the constructor of a network given by name.
+        schedule: ``one_cycle`` or ``cosine`` (over the whole run, by steps), ``step`` (a tenth after each third of the
+            epochs), ``constant`` or ``none``, or a class of ``torch.optim.lr_scheduler``, which advances by epochs.
+        schedule_options: Of the schedule's constructor.
+        network_options: For a network of `bn_lightning.networks`.
+        pretrained: Load the zoo's own weights.
+        checkpoint: A file of weights to start from.
+        ignore_index: A label that says that there is none: it adds to no loss and no metric.
 
-    Logs ``train/loss``, and ``loss`` and ``accuracy`` under ``val/`` and ``test/``: mean cross-entropy in nats, and
-    the share of images classified right.
+    Logs ``train/loss``, and under ``val/`` and ``test/`` ``loss``, the mean cross-entropy in nats over all labels;
+    ``accuracy``, the share of images classified right; and of more than five classes ``accuracy_top5``, the share whose
+    class is among the five likeliest.
 
     Raises:
-        BatchNormError: If the checkpoint was trained with a network object and none is given.
+        BatchNormError: If a name or an option is unknown or does not fit, or the checkpoint was trained with a network
+            object and none is given.
+        ConversionError: As `bn_lightning.convert_batch_norm`.
 
     Example:
-        >>> module = ImageClassifier("residual", network_options={"widths": (8,), "blocks": 1})
-        >>> module(torch.zeros(1, 1, 8, 8)).shape
-        torch.Size([1, 10])
+        >>> import torch
+        >>> module = ImageClassifier(
+        ...     "residual", norm="ghost", norm_options={"virtual_batch_size": 32}, optimizer="adamw",
+        ...     learning_rate=1e-3, schedule="cosine", network_options={"widths": (8,), "blocks": 1})
+        >>> images = torch.zeros(2, 1, 8, 8)
+        >>> module(images).shape
+        torch.Size([2, 10])
+        >>> module.folded(images).report.error < 1e-9
+        True
     """
 
-    def __init__(
-        self,
-        model: str | nn.Module | None = "residual",
-        num_classes: int = 10,
-        learning_rate: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        network_options: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        if model is None:
-            raise BatchNormError(
-                "this classifier was trained with a network object, which a checkpoint does not hold; "
-                "pass it: ImageClassifier.load_from_checkpoint(path, model=network)"
-            )
-        named = isinstance(model, str)
-        if network_options and not named:
-            raise BatchNormError("network_options= are for a network given by name; got a network object")
-        self.save_hyperparameters(
-            {
-                "model": model if named else None,
-                "num_classes": num_classes,
-                "learning_rate": learning_rate,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "network_options": network_options,
-            }
-        )
-        options = {"num_classes": num_classes, **(network_options or {})}
-        self.model = build_network(model, **options) if isinstance(model, str) else model
-        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits, (N, num_classes)."""
-        return self.model(images)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean cross-entropy of the batch."""
-        images, labels = batch
-        loss = cross_entropy(self(images), labels)
-        self.log("train/loss", loss)
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log loss and accuracy."""
-        self._evaluate("val", self.val_accuracy, batch)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log loss and accuracy."""
-        self._evaluate("test", self.test_accuracy, batch)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the class of each image, (N,)."""
-        images = batch[0] if isinstance(batch, tuple | list) else batch
-        return self(images).argmax(1)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with one learning-rate cycle over the whole training run."""
-        hparams = self.hparams
-        optimizer = torch.optim.SGD(
-            decay_groups(self.model, hparams["weight_decay"]),
-            lr=hparams["learning_rate"],
-            momentum=hparams["momentum"],
-            nesterov=hparams["momentum"] > 0,
-        )
-        # The cycle's own momentum schedule would overrule the hyperparameter.
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            hparams["learning_rate"],
-            total_steps=int(self.trainer.estimated_stepping_batches),
-            cycle_momentum=False,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
-        images, labels = batch
-        logits = self(images)
-        accuracy(logits, labels)
-        self.log(f"{stage}/loss", cross_entropy(logits, labels), prog_bar=True)
-        self.log(f"{stage}/accuracy", accuracy, prog_bar=True)
+    @override
+    def metrics(self, num_classes: int, ignore_index: int) -> dict[str, Metric]:
+        measured = {"accuracy": 1, "accuracy_top5": 5} if num_classes > 5 else {"accuracy": 1}
+        return {
+            name: MulticlassAccuracy(num_classes, top_k=k, average="micro", ignore_index=ignore_index)
+            for name, k in measured.items()
+        }
