@@ -1,0 +1,20 @@
+"""What the papers on Batch Normalization measure, on any network."""
+
+from bn_lightning.probes.gradient_line import (
+    GradientLine,
+    LossLandscape,
+    effective_smoothness,
+    gradient_predictiveness,
+    loss_landscape,
+)
+from bn_lightning.probes.objective import Objective, objective_of
+
+__all__ = [
+    "GradientLine",
+    "LossLandscape",
+    "Objective",
+    "effective_smoothness",
+    "gradient_predictiveness",
+    "loss_landscape",
+    "objective_of",
+]
