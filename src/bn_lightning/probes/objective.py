@@ -1,7 +1,7 @@
 """The loss of one batch as a function of a network's parameters, with all else held still."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -56,14 +56,19 @@ class Objective:
         with torch.no_grad():
             return float(self.loss())
 
-    def gradient(self) -> tuple[float, dict[str, Tensor]]:
-        """Return the loss and its gradient by parameter, zeros where it does not depend on one: one backward pass."""
+    def gradient(self, names: Iterable[str] | None = None) -> tuple[float, dict[str, Tensor]]:
+        """Return the loss and its gradient by parameter, zeros where it does not depend on one: one backward pass.
+
+        Args:
+            names: Of the parameters; ``None`` for all.
+        """
+        parameters = self.parameters if names is None else {name: self.parameters[name] for name in names}
         with torch.enable_grad():
             loss = self.loss()
-            gradients = self.gradients_of(loss, list(self.parameters.values()))
-        named = zip(self.parameters.items(), gradients, strict=True)
+            gradients = self.gradients_of(loss, list(parameters.values()))
+        found = zip(parameters.items(), gradients, strict=True)
         return float(loss.detach()), {
-            name: torch.zeros_like(parameter) if gradient is None else gradient for (name, parameter), gradient in named
+            name: torch.zeros_like(parameter) if gradient is None else gradient for (name, parameter), gradient in found
         }
 
     def gradients_of(self, loss: Tensor, tensors: list[Any]) -> tuple[Tensor | None, ...]:

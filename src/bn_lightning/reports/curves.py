@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Curve", "curve_figure", "draw_curves"]
+__all__ = ["Curve", "curve_figure", "draw_curves", "empty_figure"]
 
 _DPI = 100
 _COLOURS = ("#1f5fa8", "#e08a1e", "#3a923a", "#b03a48", "#7a5195", "#808080", "#17a2a2", "#8c6d31")
@@ -54,17 +54,23 @@ def curve_figure(
         >>> figure.axes[0].get_xlabel()
         'step'
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not curves:
         raise ValueError("a figure needs at least one curve.")
-    figure = Figure(figsize=(8.4, 4.8), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, parse_math=False)
+    figure = empty_figure(title)
     axes = figure.add_subplot()
     draw_curves(axes, curves)
     axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
+    return figure
+
+
+def empty_figure(title: str, width: float = 8.4, height: float = 4.8) -> "Figure":
+    """Make a figure with a title and room below, in inches; without pyplot and its global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, parse_math=False)
     return figure
 
 
