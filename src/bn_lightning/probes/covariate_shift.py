@@ -72,6 +72,7 @@ class CovariateShift:
         draw_curves(lower, [Curve("", places, [row.cosine for row in self.layers])])
         upper.set_ylabel("‖G − G′‖ / ‖G‖")
         lower.set(ylabel="cosine of G, G′", xlabel="layer, in order of execution", ylim=(-1.05, 1.05))
+        lower.xaxis.get_major_locator().set_params(integer=True)
         return figure
 
     def __str__(self) -> str:

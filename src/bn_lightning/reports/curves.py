@@ -54,12 +54,18 @@ def curve_figure(
         >>> figure.axes[0].get_xlabel()
         'step'
     """
+    from matplotlib.ticker import LogFormatter
+
     if not curves:
         raise ValueError("a figure needs at least one curve.")
     figure = empty_figure(title)
     axes = figure.add_subplot()
     draw_curves(axes, curves)
     axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
+    for axis, scale in ((axes.xaxis, xscale), (axes.yaxis, yscale)):
+        if scale == "log":
+            axis.set_major_formatter(LogFormatter())  # 0.2 and 100, not 2 × 10⁻¹ and 10²
+            axis.set_minor_formatter(LogFormatter())
     return figure
 
 
