@@ -1,8 +1,7 @@
 """Internal covariate shift: what the step of the layers before one does to its gradient."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 from bn_lightning.errors import BatchNormError
 from bn_lightning.functional import accumulation_dtype
 from bn_lightning.probes.objective import Loss, Objective, Step, norm_of, objective_of
-from bn_lightning.reports.curves import Curve, draw_curves, empty_figure
+from bn_lightning.probes.weights import call_order, place_in, weight_layers
+from bn_lightning.reports.curves import Curve, along_layers, draw_curves, empty_figure
 from bn_lightning.reports.progress import progress
 from bn_lightning.reports.table import Table
-from bn_lightning.selection import select_modules
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,8 +70,8 @@ class CovariateShift:
         draw_curves(upper, [Curve("", places, relative)])
         draw_curves(lower, [Curve("", places, [row.cosine for row in self.layers])])
         upper.set_ylabel("‖G − G′‖ / ‖G‖")
-        lower.set(ylabel="cosine of G, G′", xlabel="layer, in order of execution", ylim=(-1.05, 1.05))
-        lower.xaxis.get_major_locator().set_params(integer=True)
+        lower.set(ylabel="cosine of G, G′", ylim=(-1.05, 1.05))
+        along_layers(lower)
         return figure
 
     def __str__(self) -> str:
@@ -138,10 +137,10 @@ def measure_covariate_shift(
     objective: Objective, learning_rate: float, include: Iterable[str] = (), exclude: Iterable[str] = ()
 ) -> CovariateShift:
     """Measure it of an objective, see `internal_covariate_shift`."""
-    weights = _weights(objective, include, exclude)
-    with _first_calls(objective.network) as order:
+    weights = weight_layers(objective, include, exclude)
+    with call_order(objective.network) as order:
         _, start = objective.gradient()
-    places = {name: _place(name.rpartition(".")[0], order) for name in objective.parameters}
+    places = {name: place_in(order, name.rpartition(".")[0]) for name in objective.parameters}
     rows = []
     with progress("layers", len(weights)) as advance:
         for name in sorted(weights, key=places.__getitem__):
@@ -153,48 +152,6 @@ def measure_covariate_shift(
             rows.append(_compared(weights[name], before, after))
             advance()
     return CovariateShift(learning_rate, tuple(rows))
-
-
-def _weights(objective: Objective, include: Iterable[str], exclude: Iterable[str]) -> dict[str, str]:
-    """Name each layer's weight, and the layer."""
-
-    def is_layer(module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
-        return weight is not None and weight.dim() > 1
-
-    layers = select_modules(objective.network, include, exclude, where=is_layer)
-    found = {f"{name}.weight" if name else "weight": name for name in layers}
-    measured = {weight: name for weight, name in found.items() if weight in objective.parameters}
-    if not measured:
-        raise BatchNormError(
-            f"{type(objective.network).__name__} has no layer to measure: expected a convolution or linear layer whose "
-            "weight takes a gradient."
-        )
-    return measured
-
-
-@contextmanager
-def _first_calls(network: nn.Module) -> Iterator[dict[str, int]]:
-    """Number the modules in the order in which they are first called."""
-    order: dict[str, int] = {}
-
-    def numbered(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            order.setdefault(name, len(order))
-
-        return hook
-
-    with ExitStack() as hooks:
-        for name, module in network.named_modules():
-            hooks.callback(module.register_forward_pre_hook(numbered(name)).remove)
-        yield order
-
-
-def _place(module: str, order: dict[str, int]) -> int:
-    """Find when a module was first called, or else the nearest one around it; those never called come last."""
-    while module and module not in order:
-        module = module.rpartition(".")[0]
-    return order.get(module, len(order))
 
 
 def _compared(layer: str, before: Tensor, after: Tensor) -> LayerShift:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Curve", "curve_figure", "draw_curves", "empty_figure"]
+__all__ = ["Curve", "along_layers", "curve_figure", "draw_curves", "empty_figure"]
 
 _DPI = 100
 _COLOURS = ("#1f5fa8", "#e08a1e", "#3a923a", "#b03a48", "#7a5195", "#808080", "#17a2a2", "#8c6d31")
@@ -54,18 +54,12 @@ def curve_figure(
         >>> figure.axes[0].get_xlabel()
         'step'
     """
-    from matplotlib.ticker import LogFormatter
-
     if not curves:
         raise ValueError("a figure needs at least one curve.")
     figure = empty_figure(title)
     axes = figure.add_subplot()
-    draw_curves(axes, curves)
-    axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
-    for axis, scale in ((axes.xaxis, xscale), (axes.yaxis, yscale)):
-        if scale == "log":
-            axis.set_major_formatter(LogFormatter())  # 0.2 and 100, not 2 × 10⁻¹ and 10²
-            axis.set_minor_formatter(LogFormatter())
+    draw_curves(axes, curves, xscale=xscale, yscale=yscale)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     return figure
 
 
@@ -80,9 +74,12 @@ def empty_figure(title: str, width: float = 8.4, height: float = 4.8) -> "Figure
     return figure
 
 
-def draw_curves(axes: "Axes", curves: Sequence[Curve]) -> None:
-    """Draw curves and their legend into axes that are there."""
+def draw_curves(
+    axes: "Axes", curves: Sequence[Curve], *, xscale: AxisScale = "linear", yscale: AxisScale = "linear"
+) -> None:
+    """Draw curves and their legend into axes that are there; where nothing is above 0 a logarithm is left out."""
     import numpy as np
+    from matplotlib.ticker import LogFormatter
 
     for index, curve in enumerate(curves):
         colour = _COLOURS[index % len(_COLOURS)]
@@ -98,7 +95,25 @@ def draw_curves(axes: "Axes", curves: Sequence[Curve]) -> None:
             markersize=3.5,
             label=curve.label or None,
         )
+    drawn = axes.dataLim
+    for axis, set_scale, scale, largest in (
+        (axes.xaxis, axes.set_xscale, xscale, drawn.x1),
+        (axes.yaxis, axes.set_yscale, yscale, drawn.y1),
+    ):
+        if scale != "log" or largest > 0:
+            set_scale(scale)
+            if scale == "log":
+                axis.set_major_formatter(LogFormatter())  # 0.2 and 100, not 2 × 10⁻¹ and 10²
+                axis.set_minor_formatter(LogFormatter())
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if any(curve.label for curve in curves):
         axes.legend(frameon=False, fontsize=9)
+
+
+def along_layers(axes: "Axes") -> None:
+    """Say that what lies to the right is a later layer."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer, in order of execution")
