@@ -1,6 +1,6 @@
 """How many faults the audit finds, each by its own rule, and how often it accuses what is healthy.
 
-    python tests/benchmarks/audit_rules.py [--faults] [--healthy] [--only NAME]
+    python tests/benchmarks/audit_rules.py [--faults] [--healthy] [--only NAME] [--seeds 1]
 
 A fault is a small training with one bug (tests/auditing/faults/): it is found if a finding has its slug and is above
 info, except of rules that never say more than info. A healthy subject is a zoo network with the statistics of its data
@@ -114,13 +114,15 @@ def main() -> int:
     parser.add_argument("--faults", action="store_true", help="only the faults")
     parser.add_argument("--healthy", action="store_true", help="only the healthy subjects")
     parser.add_argument("--only", default="", help="those whose names hold this")
+    parser.add_argument("--seeds", type=int, default=1, help="of the healthy trainings")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric.utilities.rank_zero").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # what the Trainer says of itself
     both = options.faults == options.healthy
-    faults = [each for each in every_fault() if options.only in each.slug] if both or options.faults else []
-    healthy = [each for each in subjects() if options.only in each.name] if both or options.healthy else []
+    faults = every_fault() if both or options.faults else []
+    faults = [each for each in faults if options.only in each.slug]
+    healthy = list(subjects(options.seeds)) if both or options.healthy else []
+    healthy = [each for each in healthy if options.only in each.name]
     if not faults and not healthy:
         parser.error(f"nothing has {options.only!r} in its name")
     closing, wrong = [], []

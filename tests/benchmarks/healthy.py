@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from runs import HEALTHY, residual, sgd
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -79,13 +80,16 @@ class Subject:
     audit: Callable[[], AuditReport | None]
 
 
-def subjects() -> Iterator[Subject]:
-    """List every healthy subject."""
+def subjects(seeds: int = 1) -> Iterator[Subject]:
+    """List every healthy subject, the trainings from so many random beginnings."""
     for name in ZOO:
         yield Subject(name, lambda name=name: audit_zoo(name))
     for training in (*HEALTHY, WHOLLY_FROZEN):
-        if training.name != HALF_FROZEN and named_batch_norms(training.network()):
-            yield Subject(training.name, lambda training=training: audit_training(training))
+        if training.name == HALF_FROZEN or not named_batch_norms(training.network()):
+            continue
+        for seed in range(seeds):
+            name = f"{training.name}, seed {seed}" if seed else training.name
+            yield Subject(name, lambda training=training, seed=seed: audit_training(training, seed))
 
 
 def pictures(size: int, number: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -149,7 +153,7 @@ class Adapted(pl.LightningModule):
         ]
 
 
-def audit_training(training: Training, seed: int = 0) -> AuditReport | None:
+def audit_training(training: Training, seed: int) -> AuditReport | None:
     """Train under the Trainer with the audit, all three stages."""
     torch.manual_seed(seed)
     module, audit, data = Adapted(training), BatchNormAudit(), DigitsDataModule()
@@ -158,18 +162,23 @@ def audit_training(training: Training, seed: int = 0) -> AuditReport | None:
         DataLoader(part, batch_size=training.batch_size, shuffle=shuffle, drop_last=shuffle)
         for part, shuffle in ((data.train_data, True), (data.val_data, False))
     ]
-    precision = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[training.dtype]
+    # Said by its name, float16 on a CPU becomes bfloat16.
+    precision = {
+        None: {},
+        torch.bfloat16: {"precision": "bf16-mixed"},
+        torch.float16: {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", training.loss_scale))},
+    }[training.dtype]
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=-1,
         max_steps=training.steps,
         accumulate_grad_batches=training.accumulate,
-        precision=precision,
         callbacks=[audit],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **precision,
     )
     trainer.fit(module, *loaders)
     images, labels = digits()
