@@ -26,8 +26,10 @@ bench: .venv/installed  ## what the README's table quotes
 	$(BIN)/python tests/benchmarks/variants.py
 	$(BIN)/python tests/benchmarks/false_alarms.py
 	$(BIN)/python tests/benchmarks/recalibration.py
+	$(BIN)/python tests/benchmarks/audit.py
 	$(BIN)/python tests/benchmarks/audit_static.py
 	$(BIN)/python tests/benchmarks/audit_passive.py
+	$(BIN)/python tests/benchmarks/audit_rules.py
 
 test-zoo: .venv/installed  ## fold every timm and torchvision network with BN, resumable: make test-zoo ZOO='--minutes 20'
 	PYTHONPATH=tests $(BIN)/python -m zoo $(ZOO)

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
-from runs import HEALTHY
+from lightning.pytorch.plugins import MixedPrecision
+from runs import HEALTHY, residual, sgd
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trainings import Training, digits
 
-from bn_lightning import audit_batch_norm, recalibrate_batch_norm
+from bn_lightning import audit_batch_norm, convert_batch_norm, recalibrate_batch_norm
 from bn_lightning.auditing import AuditReport
 from bn_lightning.callbacks import BatchNormAudit
 from bn_lightning.modules import DigitsDataModule
@@ -54,6 +55,23 @@ ZOO = (
 )
 
 
+# Its statistics go on moving: harmless, and true that the audit names it.
+HALF_FROZEN = "residual, first stages frozen"
+
+
+def frozen_with_statistics() -> nn.Module:
+    """Freeze the first half of a network as a person should: weights, and the statistics these weights have."""
+    network = residual()
+    recalibrate_batch_norm(network, digits()[0].split(64))
+    convert_batch_norm(network, "frozen", include=("stem.*", "stages.0.*"), trainable=False)
+    network.stem.requires_grad_(False)
+    network.stages[0].requires_grad_(False)
+    return network
+
+
+WHOLLY_FROZEN = Training("residual, first stages frozen with their statistics", frozen_with_statistics, sgd)
+
+
 @dataclass(frozen=True)
 class Subject:
     """A healthy network and the way to its report; ``None`` if it turned out not to be healthy."""
@@ -62,13 +80,16 @@ class Subject:
     audit: Callable[[], AuditReport | None]
 
 
-def subjects() -> Iterator[Subject]:
-    """List every healthy subject."""
+def subjects(seeds: int = 1) -> Iterator[Subject]:
+    """List every healthy subject, the trainings from so many random beginnings."""
     for name in ZOO:
         yield Subject(name, lambda name=name: audit_zoo(name))
-    for training in HEALTHY:
-        if named_batch_norms(training.network()):
-            yield Subject(training.name, lambda training=training: audit_training(training))
+    for training in (*HEALTHY, WHOLLY_FROZEN):
+        if training.name == HALF_FROZEN or not named_batch_norms(training.network()):
+            continue
+        for seed in range(seeds):
+            name = f"{training.name}, seed {seed}" if seed else training.name
+            yield Subject(name, lambda training=training, seed=seed: audit_training(training, seed))
 
 
 def pictures(size: int, number: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -81,11 +102,18 @@ def pictures(size: int, number: int, seed: int) -> tuple[Tensor, Tensor]:
     return grey * tint + 0.3 * torch.randn(number, 3, size, size, generator=generator), labels[picked]
 
 
+def loss_of(output: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Cross-entropy; GoogLeNet's other outputs in training mode weigh 0.3, as in its paper."""
+    first, *others = (output,) if isinstance(output, Tensor) else output
+    aside = sum((nn.functional.cross_entropy(each, labels) for each in others), torch.zeros(()))
+    return nn.functional.cross_entropy(first, labels) + 0.3 * aside
+
+
 def audit_zoo(name: str) -> AuditReport:
     """Audit a network with random weights whose running statistics are those of its data."""
     torch.manual_seed(0)
     network = load_zoo_model(name)
-    size = {"timm:levit_128s": 224, "timm:inception_v3": 139, "torchvision:googlenet": 96}.get(name, 96)
+    size = {"timm:levit_128s": 224, "timm:inception_v3": 139}.get(name, 96)
     images, labels = pictures(size, 160, 1)
     train, val = (
         list(zip(part[0].split(16), part[1].split(16), strict=True))
@@ -95,7 +123,7 @@ def audit_zoo(name: str) -> AuditReport:
     for layer in named_batch_norms(network).values():
         layer.num_batches_tracked.fill_(10_000)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    return audit_batch_norm(network, train, val_batches=val, loss=nn.functional.cross_entropy, optimizer=optimizer)
+    return audit_batch_norm(network, train, val_batches=val, loss=loss_of, optimizer=optimizer)
 
 
 class Adapted(pl.LightningModule):
@@ -125,7 +153,7 @@ class Adapted(pl.LightningModule):
         ]
 
 
-def audit_training(training: Training, seed: int = 0) -> AuditReport | None:
+def audit_training(training: Training, seed: int) -> AuditReport | None:
     """Train under the Trainer with the audit, all three stages."""
     torch.manual_seed(seed)
     module, audit, data = Adapted(training), BatchNormAudit(), DigitsDataModule()
@@ -134,18 +162,23 @@ def audit_training(training: Training, seed: int = 0) -> AuditReport | None:
         DataLoader(part, batch_size=training.batch_size, shuffle=shuffle, drop_last=shuffle)
         for part, shuffle in ((data.train_data, True), (data.val_data, False))
     ]
-    precision = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[training.dtype]
+    # Said by its name, float16 on a CPU becomes bfloat16.
+    precision = {
+        None: {},
+        torch.bfloat16: {"precision": "bf16-mixed"},
+        torch.float16: {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", training.loss_scale))},
+    }[training.dtype]
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=-1,
         max_steps=training.steps,
         accumulate_grad_batches=training.accumulate,
-        precision=precision,
         callbacks=[audit],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **precision,
     )
     trainer.fit(module, *loaders)
     images, labels = digits()
