@@ -1,5 +1,6 @@
 import contextlib
 import random
+from collections import defaultdict, deque
 
 import numpy as np
 import pytest
@@ -328,3 +329,46 @@ def test_tensors_in_attributes_move_along_and_come_back():
             assert getattr(owner, name) is before[name]
     with on_device(model, torch.device("cpu")):
         assert all(getattr(model, name) is before[name] for name in names)
+
+
+class Remembers(nn.Module):
+    """Keeps what a training step of the usual kind keeps, and draws from generators of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = {"train": [0.5], "val": []}
+        self.window, self.by_key = deque([1.0, 2.0], maxlen=2), defaultdict(list)
+        self.array, self.arrays = np.zeros(3), [np.ones(2)]
+        self.rng, self.old_rng = np.random.default_rng(0), np.random.RandomState(0)
+        self.python_rng, self.generator = random.Random(0), torch.Generator().manual_seed(0)
+        self.cycle = [self.outputs]
+        self.cycle.append(self.cycle)
+
+    def forward(self, x):
+        noise = self.rng.normal() + self.old_rng.normal() + self.python_rng.random()
+        noise += float(torch.randn(1, generator=self.generator))
+        self.outputs["train"].append(noise)
+        self.outputs.setdefault("test", []).append(noise)
+        self.window.append(noise)
+        self.by_key["new"].append(noise)
+        self.array[0] += noise
+        self.arrays[0] *= 2
+        return x + noise
+
+
+def test_what_a_training_step_collects_and_draws_comes_back_in_the_very_objects():
+    model = Remembers()
+
+    def held():
+        return [model.outputs, model.outputs["train"], model.window, model.by_key, model.array, model.arrays[0]]
+
+    before = held()
+    with preserved(model):
+        first = model(torch.zeros(1))
+        assert model.arrays[0][0] == 2
+    assert all(one is other for one, other in zip(before, held(), strict=True))
+    assert model.outputs == {"train": [0.5], "val": []}
+    assert (list(model.window), model.window.maxlen, dict(model.by_key)) == ([1.0, 2.0], 2, {})
+    assert model.by_key.default_factory is list
+    assert (model.array.tolist(), model.arrays[0].tolist()) == ([0.0, 0.0, 0.0], [1.0, 1.0])
+    assert torch.equal(model(torch.zeros(1)), first), "the generators begin where they began"

@@ -4,9 +4,10 @@ import copy
 import operator
 import random
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 
-_CONTAINERS = (list, dict, set, OrderedDict)
+_CONTAINERS = (list, dict, set, OrderedDict, deque, defaultdict)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -38,9 +39,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     Gradients are set aside, so that the borrower starts from none and the owner's are never added to. Buffers are
     written in place and only where they changed, since optimizers, DDP and compiled graphs hold references.
-    Attributes (a counter, a metric's state, a cache of one image size) are what they were, the very objects, and lists,
-    dicts and sets hold what they held, submodules and parameters too, and tensors their values; what a forward pass
-    changes inside of other objects is its own matter. Parameters are not copied: whoever writes to them has to undo it.
+    Attributes (a counter, a metric's state, a cache of one image size) are what they were, the very objects. Lists,
+    dicts, sets and deques, one inside the other too, hold what they held, submodules and parameters too; tensors and
+    NumPy arrays have their values, and generators of random numbers, of torch, NumPy and Python, their state. What a
+    forward pass changes inside of other objects, or in a tensor inside of a container, is its own matter. Parameters
+    are not copied: whoever writes to them has to undo it.
 
     Raises:
         BatchNormError: If a lazy module has not seen its first batch, since the forward pass would change the model,
@@ -60,6 +63,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         stack.enter_context(preserved_rng(*{tensor.device for tensor in (*parameters, *model.buffers())}))
         for parameter in parameters:
             stack.callback(_hand_back, parameter, parameter.grad, parameter.requires_grad)
+        seen: set[int] = set()
         for module in model.modules():
             kept = {name: _Snapshot(buffer) for name, buffer in module._buffers.items()}
             stack.callback(_rebind, module, {name: snapshot.buffer for name, snapshot in kept.items()})
@@ -68,10 +72,12 @@ def preserved(model: nn.Module) -> Iterator[None]:
             stack.callback(setattr, module, "training", module.training)  # not .train(): it recurses
             stack.callback(_put_back, vars(module), dict(vars(module)))
             for name, value in vars(module).items():
-                if type(value) in _CONTAINERS and "_hooks" not in name:
-                    stack.callback(_refill, value, copy.copy(value))
-                elif isinstance(value, Tensor) and _is_kept(value):  # a metric's state, which it adds to in place
-                    stack.callback(_Snapshot(value).restore)
+                if isinstance(value, Tensor):
+                    if _is_kept(value):  # a metric's state, which it adds to in place
+                        stack.callback(_Snapshot(value).restore)
+                elif "_hooks" not in name:
+                    for restore in _restores(value, seen):
+                        stack.callback(restore)
         for parameter in parameters:
             parameter.grad = None
         yield
@@ -301,11 +307,34 @@ def _put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
     attributes.update(before)
 
 
+def _restores(value: Any, seen: set[int]) -> Iterator[Callable[[], object]]:
+    """Remember what is inside of an attribute, and of what it holds: yield what puts it back."""
+    if value is None or isinstance(value, int | float | str) or id(value) in seen:
+        return
+    numpy = sys.modules.get("numpy")
+    if type(value) in _CONTAINERS:
+        seen.add(id(value))
+        yield partial(_refill, value, copy.copy(value))
+        for each in list(value.values()) if isinstance(value, dict) else list(value):
+            yield from _restores(each, seen)
+    elif isinstance(value, torch.Generator):
+        yield _remember(value.get_state, value.set_state)
+    elif isinstance(value, random.Random):
+        yield _remember(value.getstate, value.setstate)
+    elif numpy is not None and isinstance(value, numpy.random.Generator):
+        yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    elif numpy is not None and isinstance(value, numpy.random.RandomState):
+        yield _remember(value.get_state, value.set_state)
+    elif numpy is not None and isinstance(value, numpy.ndarray) and value.flags.writeable:
+        seen.add(id(value))
+        yield partial(numpy.copyto, value, value.copy())
+
+
 def _refill(container: Any, before: Any) -> None:
     if len(container) == len(before) and all(map(operator.is_, _items(container), _items(before))):
         return
     container.clear()
-    (container.extend if isinstance(container, list) else container.update)(before)
+    (container.extend if isinstance(container, list | deque) else container.update)(before)
 
 
 def _items(container: Any) -> list[Any]:

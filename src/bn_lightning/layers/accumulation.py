@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bn_lightning.errors import BatchNormError
 from bn_lightning.layers.frozen import FrozenBatchNorm
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 from bn_lightning.selection import require_batch_norms, unwrap
 
 __all__ = ["AdjustedLayer", "MomentumResult", "accumulation_momentum", "adjust_momentum"]
@@ -74,7 +75,7 @@ class AdjustedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class MomentumResult:
+class MomentumResult(Tabled):
     """What `adjust_momentum` did, and the way back.
 
     Attributes:
@@ -99,13 +100,8 @@ class MomentumResult:
             "layers": [row.to_dict() for row in self.rows],
         }
 
-    def __str__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """One row a layer."""
         done = sum(row.reason is None for row in self.rows)
         return Table(
             f"adjusted the momentum of {done} of {len(self.rows)} BatchNorm layers "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 
 __all__ = ["MergeResult", "MergedLayer", "write"]
 
@@ -34,7 +35,7 @@ class MergedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class MergeResult:
+class MergeResult(Tabled):
     """What `merge_statistics` did, the same in every process, and the way back.
 
     Attributes:
@@ -54,13 +55,8 @@ class MergeResult:
         """Return plain values."""
         return {"processes": self.processes, "layers": [row.to_dict() for row in self.rows]}
 
-    def __str__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """One row a layer."""
         done = sum(row.reason is None for row in self.rows)
         return Table(
             f"merged the running statistics of {done} of {len(self.rows)} BatchNorm layers over {self.processes} "

@@ -8,6 +8,7 @@ from torch import nn
 from bn_lightning.errors import ConversionError
 from bn_lightning.layers.swap import LayerChange
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 
 __all__ = ["EXCLUDED", "ConversionReport", "ConversionRow"]
 
@@ -38,7 +39,7 @@ class ConversionRow:
 
 
 @dataclass(frozen=True, slots=True)
-class ConversionReport:
+class ConversionReport(Tabled):
     """What `convert_batch_norm` or `revert_batch_norm` did, and the way back.
 
     Attributes:
@@ -82,13 +83,8 @@ class ConversionReport:
         """Return plain values that go into JSON."""
         return {"title": self.title, "rows": [asdict(row) for row in self.rows]}
 
-    def __str__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """One row a layer."""
         shown = [row for row in self.rows if row.reason != EXCLUDED]
         rest = ", ".join(row.name or "(root)" for row in self.rows if row.reason == EXCLUDED)
         rows = [(row.name or "(root)", row.before, row.after, row.reason) for row in shown]

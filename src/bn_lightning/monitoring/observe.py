@@ -11,6 +11,7 @@ from bn_lightning.monitoring.snapshot import ActivationSnapshot
 from bn_lightning.monitoring.statistics import ChannelStatistics
 from bn_lightning.monitoring.watch import ActivationWatch
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +69,7 @@ def observe_activations(
         watch.remove()
 
 
-class ObservedActivations:
+class ObservedActivations(Tabled):
     """What `observe_activations` has seen, up to now while its block runs."""
 
     def __init__(self, watch: ActivationWatch) -> None:
@@ -118,9 +119,3 @@ class ObservedActivations:
             BatchNormError: If there is no such statistic, or nothing was measured.
         """
         return self.snapshot().figure(stat)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()

@@ -10,6 +10,7 @@ from torch import Tensor
 from bn_lightning.errors import BatchNormError
 from bn_lightning.functional.grouped import add_groups
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 
 __all__ = ["RecentStep", "RunningChannels", "RunningRow", "RunningSnapshot", "describe_layers"]
 
@@ -125,7 +126,7 @@ class RecentStep:
 
 
 @dataclass(frozen=True, slots=True)
-class RunningSnapshot:
+class RunningSnapshot(Tabled):
     """Every BatchNorm layer, in the order of the network's definition.
 
     Attributes:
@@ -192,12 +193,6 @@ class RunningSnapshot:
         )
         layers = "layer" if len(self.rows) == 1 else "layers"
         return Table(f"running statistics of {len(self.rows)} BatchNorm {layers}{at}", columns, rows, notes)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def describe_layers(

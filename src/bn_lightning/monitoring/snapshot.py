@@ -13,6 +13,7 @@ from bn_lightning.errors import BatchNormError
 from bn_lightning.functional.activation import Row
 from bn_lightning.monitoring.statistics import ChannelStatistics, LayerStatistics
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ _COLUMNS = ("layer", "mean", "std", "min", "max", "zeros %", "values", "remark")
 
 
 @dataclass(frozen=True)
-class ActivationSnapshot:
+class ActivationSnapshot(Tabled):
     """The statistics of each layer's output over one sample, layers in order of execution.
 
     Attributes:
@@ -130,12 +131,6 @@ class ActivationSnapshot:
         from bn_lightning.monitoring.pictures import channel_map
 
         return channel_map(self, stat)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def _largest(values: Sequence[float]) -> float:

@@ -81,6 +81,12 @@ def draw_curves(
     import numpy as np
     from matplotlib.ticker import LogFormatter
 
+    class Plain(LogFormatter):
+        """0.2 and 100, neither 2 × 10⁻¹ and 10² nor 2e-01."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     for index, curve in enumerate(curves):
         colour = _COLOURS[index % len(_COLOURS)]
         y = np.asarray(curve.y, dtype=np.float64)
@@ -103,8 +109,8 @@ def draw_curves(
         if scale != "log" or largest > 0:
             set_scale(scale)
             if scale == "log":
-                axis.set_major_formatter(LogFormatter())  # 0.2 and 100, not 2 × 10⁻¹ and 10²
-                axis.set_minor_formatter(LogFormatter())
+                axis.set_major_formatter(Plain())
+                axis.set_minor_formatter(Plain())
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if any(curve.label for curve in curves):

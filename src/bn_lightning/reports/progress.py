@@ -4,11 +4,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
-__all__ = ["progress"]
+__all__ = ["progress", "without_progress"]
 
 _AFTER = 1.0
 _EVERY = 0.1
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def progress(task: str, total: int | None = None, *, show: bool = True) -> Itera
         ...     for _ in range(3):
         ...         advance()
     """
-    if not show or sys.stderr is None or not sys.stderr.isatty():
+    if not show or _hidden.get() or sys.stderr is None or not sys.stderr.isatty():
         yield lambda: None
         return
     from rich.console import Console
@@ -60,3 +62,18 @@ def progress(task: str, total: int | None = None, *, show: bool = True) -> Itera
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+@contextmanager
+def without_progress() -> Iterator[None]:
+    """Draw no bar for as long as the context lasts: somebody else draws on the terminal.
+
+    Example:
+        >>> with without_progress(), progress("counting", 3) as advance:
+        ...     advance()
+    """
+    token = _hidden.set(True)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)

@@ -7,6 +7,7 @@ from itertools import zip_longest
 import torch
 
 from bn_lightning.reports.table import Cell, Table
+from bn_lightning.reports.tabled import Tabled
 from bn_lightning.tracing.passing import Passing
 
 __all__ = ["DropoutUse", "ForwardRecord", "LayerUse", "ModuleCall", "Operation", "Value"]
@@ -150,7 +151,7 @@ class DropoutUse:
 
 
 @dataclass(frozen=True, slots=True)
-class ForwardRecord:
+class ForwardRecord(Tabled):
     """Everything a forward pass did, over all example calls.
 
     Attributes:
@@ -214,12 +215,6 @@ class ForwardRecord:
             [self._row(operation) for operation in self.operations],
             notes=self.blind_spots,
         )
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
     def _row(self, operation: Operation) -> list[Cell]:
         made = [self.values[index] for index in operation.outputs]

@@ -8,9 +8,8 @@ belongs to code the upper mode cannot see, such as a TorchScript child.
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,8 +35,12 @@ from bn_lightning.tracing.memory import Memories
 from bn_lightning.tracing.nested import iter_tensors, map_tensors
 from bn_lightning.tracing.passing import Passing, ValueRef, passing_kind
 from bn_lightning.tracing.record import DropoutUse, ForwardRecord, LayerUse, ModuleCall, Operation, Value
+from bn_lightning.tracing.unfinished import OpenCall, OpenValue
 
-__all__ = ["record_forward"]
+__all__ = ["Watch", "record_forward", "record_run"]
+
+Watch = Callable[[int, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], None]
+"""Told of each operation before it runs: its index, function, arguments and keyword arguments."""
 
 
 def record_forward(
@@ -82,41 +85,28 @@ def record_forward(
     return recorder.record()
 
 
-@dataclass(slots=True)
-class _OpenValue:
-    """A value whose readers are still being collected."""
+def record_run(model: nn.Module, run: Callable[[], object], *, watch: Watch | None = None) -> ForwardRecord:
+    """Record one run of a model that the caller has borrowed, such as a training step, in the modes it is in.
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    producer: int | None
-    readers: list[int] = field(default_factory=list)
-    output: bool = False
-    escaped: bool = False
-    unseen: list[str] = field(default_factory=list)
-    memory: int = -1
-    strides: tuple[int, ...] = ()
-
-
-@dataclass(slots=True)
-class _OpenCall:
-    """A module call that has not returned yet."""
-
-    module: str
-    call: int
-    first: int
-    inputs: tuple[int, ...]
-    parent: int | None
-    end: int = -1
-    outputs: tuple[int, ...] = ()
-    arguments: int = 0
+    Args:
+        model: The network, unwrapped.
+        run: Runs it.
+        watch: Is told of each operation before it runs, and may look at tensors; what it computes is not recorded.
+    """
+    recorder = _Recorder(model, watch)
+    with recorder.recording(0):
+        outputs = run()
+    recorder.close_call(outputs, ())
+    return recorder.record()
 
 
 class _Recorder:
     """The state both modes write to."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, watch: Watch | None = None) -> None:
+        self.watch = watch
         self.operations: list[Operation] = []
-        self.values: list[_OpenValue] = []
+        self.values: list[OpenValue] = []
         self.dropouts: list[DropoutUse] = []
         self.tensor_reads: dict[str, list[int]] = {}
         self.unseen_tensors: dict[str, list[str]] = {}
@@ -131,7 +121,7 @@ class _Recorder:
                 if tensor is not None:
                     self._owned_tensors.append(tensor)
                     self._owned.setdefault(id(tensor), []).append(f"{name}.{key}" if name else key)
-        self._module_calls: list[_OpenCall] = []
+        self._module_calls: list[OpenCall] = []
         self._module_stack: list[int] = []
         # id → (the tensor, version → value). An entry goes when its tensor dies: an id is never mistaken.
         self._alive: dict[int, tuple[weakref.ref[Tensor], dict[int, int]]] = {}
@@ -210,6 +200,8 @@ class _Recorder:
         versions = [(tensor, _version(tensor)) for tensor in given]
         outer, self._given = self._given, frozenset(id(tensor) for tensor in given)
         try:
+            if self.watch is not None:
+                self.watch(len(self.operations), function, args, kwargs)
             result = function(*args, **kwargs)
         finally:
             self._given = outer
@@ -329,7 +321,7 @@ class _Recorder:
 
     def _new_value(self, tensor: Tensor, producer: int | None) -> int:
         index = len(self.values)
-        self.values.append(_OpenValue(tuple(tensor.shape), tensor.dtype, producer))
+        self.values.append(OpenValue(tuple(tensor.shape), tensor.dtype, producer))
         key, alive = id(tensor), self._alive
         if key not in alive:
             alive[key] = (weakref.ref(tensor, lambda _: alive.pop(key, None)), {})
@@ -350,7 +342,7 @@ class _Recorder:
             inputs = [self._value_or_new(tensor) for tensor in iter_tensors(args) if id(tensor) not in self._owned]
         parent = self._module_stack[-1] if self._module_stack else None
         self._module_stack.append(len(self._module_calls))
-        self._module_calls.append(_OpenCall(name, self.call, len(self.operations), tuple(inputs), parent))
+        self._module_calls.append(OpenCall(name, self.call, len(self.operations), tuple(inputs), parent))
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._module_stack:
