@@ -5,6 +5,7 @@ import torch
 import yaml
 from batch_normed import kinds
 from lightning.pytorch.cli import LightningCLI
+from modules.loading import SAFELY
 
 from bn_lightning.callbacks import BatchNormMonitor
 from bn_lightning.layers import FrozenBatchNorm, GhostBatchNorm
@@ -59,7 +60,7 @@ def test_a_configuration_trains_and_its_checkpoint_rebuilds_itself(tmp_path, mod
     assert any(isinstance(callback, BatchNormMonitor) for callback in cli.trainer.callbacks)
     assert type(cli.trainer.optimizers[0]) is torch.optim.AdamW
     (path,) = tmp_path.rglob("*.ckpt")
-    loaded = ImageClassifier.load_from_checkpoint(path, weights_only=True)
+    loaded = ImageClassifier.load_from_checkpoint(path, **SAFELY)
     assert loaded.hparams["model"] == model
     for name, value in cli.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
@@ -96,5 +97,5 @@ def test_the_segmentation_module_has_every_argument_too(tmp_path):
     cli = run(tmp_path, SegmentationModule, model, "--trainer.callbacks=null", data=Bright)
     assert type(cli.trainer.optimizers[0]) is torch.optim.Adam
     (path,) = tmp_path.rglob("*.ckpt")
-    loaded = SegmentationModule.load_from_checkpoint(path, weights_only=True)
+    loaded = SegmentationModule.load_from_checkpoint(path, **SAFELY)
     assert dict(loaded.hparams) == dict(cli.model.hparams)

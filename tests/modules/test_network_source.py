@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from batch_normed import randomized
 from torch import nn
 
 from bn_lightning.errors import BatchNormError
 from bn_lightning.modules.network_source import open_source, require_plain
 from bn_lightning.networks import ResidualNetwork
+from bn_lightning.zoo import WeightsWarning
 
 
 class Wrapped(nn.Module):
@@ -48,12 +50,15 @@ def test_weights_of_a_file(tmp_path, source):
     def built():
         return open_source(ResidualNetwork() if source == "object" else source, 10)
 
-    trained = built()
+    trained = randomized(built())
     torch.save({"state_dict": trained.state_dict(prefix="module.")}, tmp_path / "weights.pt")
     given = ResidualNetwork() if source == "object" else source
     loaded = open_source(given, 10, checkpoint=str(tmp_path / "weights.pt"))
     for name, value in trained.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+    torch.save(dict(trained.named_parameters()), tmp_path / "weights.pt")
+    with pytest.warns(WeightsWarning, match="no running statistics for all"):
+        open_source(given, 10, checkpoint=str(tmp_path / "weights.pt"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batch_normed import kinds, randomized
+from modules.loading import SAFELY
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
@@ -122,7 +123,7 @@ def test_a_name_of_torchvision_rebuilds_bit_for_bit_and_an_object_is_asked_for(t
     fit = trainer(tmp_path)
     fit.strategy.connect(module)
     fit.save_checkpoint(tmp_path / "named.ckpt")
-    loaded = SegmentationModule.load_from_checkpoint(tmp_path / "named.ckpt", weights_only=True)
+    loaded = SegmentationModule.load_from_checkpoint(tmp_path / "named.ckpt", **SAFELY)
     assert loaded.hparams == module.hparams
     for name, value in module.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
@@ -130,8 +131,8 @@ def test_a_name_of_torchvision_rebuilds_bit_for_bit_and_an_object_is_asked_for(t
     fit.strategy.connect(SegmentationModule(Pixels(), CLASSES))
     fit.save_checkpoint(tmp_path / "object.ckpt")
     with pytest.raises(BatchNormError, match=r"SegmentationModule.load_from_checkpoint\(path, model=network\)"):
-        SegmentationModule.load_from_checkpoint(tmp_path / "object.ckpt", weights_only=True)
-    again = SegmentationModule.load_from_checkpoint(tmp_path / "object.ckpt", model=Pixels(), weights_only=True)
+        SegmentationModule.load_from_checkpoint(tmp_path / "object.ckpt", **SAFELY)
+    again = SegmentationModule.load_from_checkpoint(tmp_path / "object.ckpt", model=Pixels(), **SAFELY)
     assert again.hparams["ignore_index"] == 255
 
 

@@ -1,16 +1,15 @@
 """Real handwritten digits that need no download."""
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from bn_lightning.errors import BatchNormError
+from bn_lightning.modules.split_data import SplitDataModule
 
 __all__ = ["DigitsDataModule"]
 
 
-class DigitsDataModule(pl.LightningDataModule):
+class DigitsDataModule(SplitDataModule):
     """1,797 handwritten digits of 8 × 8 pixels, split 1,257 / 180 / 360 into training, validation and test.
 
     The split depends on ``split_seed`` alone. Pixels are standardized by the training images' mean and standard
@@ -38,12 +37,14 @@ class DigitsDataModule(pl.LightningDataModule):
         E. Alpaydin & C. Kaynak, Optical Recognition of Handwritten Digits, UCI ML Repository, 1998 (its test part).
     """
 
+    train_data: TensorDataset
+    val_data: TensorDataset
+    test_data: TensorDataset
+
     def __init__(self, batch_size: int = 64, split_seed: int = 0, num_workers: int = 0) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers)
         self.save_hyperparameters()
-        self.batch_size = batch_size
         self.split_seed = split_seed
-        self.num_workers = num_workers
 
     def setup(self, stage: str | None = None) -> None:
         """Load and split the images; the same for every stage."""
@@ -61,29 +62,4 @@ class DigitsDataModule(pl.LightningDataModule):
         pixels = (pixels - pixels[train].mean()) / pixels[train].std()
         self.train_data, self.val_data, self.test_data = (
             TensorDataset(pixels[part], classes[part]) for part in (train, val, test)
-        )
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return shuffled training batches."""
-        return self._loader(self.train_data, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return validation batches in fixed order."""
-        return self._loader(self.val_data)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return test batches in fixed order."""
-        return self._loader(self.test_data)
-
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return the test batches."""
-        return self._loader(self.test_data)
-
-    def _loader(self, data: TensorDataset, *, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(
-            data,
-            batch_size=self.batch_size,  # by name: Lightning rebuilds a loader from its arguments
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
         )

@@ -7,7 +7,7 @@ from torch import nn
 
 from bn_lightning.errors import BatchNormError, first_line
 from bn_lightning.networks import build_network
-from bn_lightning.zoo import find_callable, load_checkpoint, load_zoo_model
+from bn_lightning.zoo import find_callable, load_checkpoint, load_zoo_model, warn_of
 
 __all__ = ["NetworkSource", "open_source", "require_plain"]
 
@@ -57,7 +57,7 @@ def open_source(
     else:
         network = source if isinstance(source, nn.Module) else _from_class_path(source)
     if checkpoint is not None:
-        load_checkpoint(network, checkpoint)
+        warn_of(_told(source), load_checkpoint(network, checkpoint).remarks)
     return network
 
 
