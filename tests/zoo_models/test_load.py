@@ -125,7 +125,7 @@ def test_what_is_wrong_with_a_name_is_said(mine, name, says):
     [
         pytest.param("small", {"num_classes": 3}, "cannot be called with num_classes=3", id="no-such-option"),
         pytest.param("ready", {"num_classes": 3}, "is a Linear; expected .* with num_classes=3", id="built-already"),
-        pytest.param("small", {"pretrained": True}, "pretrained=True is for timm and torchvision", id="pretrained"),
+        pytest.param("small", {"pretrained": True}, "pretrained=True is for timm, torchvision and hf", id="pretrained"),
         pytest.param("small", {"pretrained": True, "checkpoint": "x"}, "weights twice", id="weights-twice"),
     ],
 )
@@ -134,11 +134,11 @@ def test_options_that_do_not_apply_are_refused(mine, name, options, says):
         load_zoo_model(f"{mine}:{name}", **options)
 
 
-@pytest.mark.parametrize("package", ["timm", "torchvision"])
-def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch, package):
+@pytest.mark.parametrize(("zoo", "package"), [("timm", "timm"), ("torchvision", "torchvision"), ("hf", "transformers")])
+def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch, zoo, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(BatchNormError, match=rf"needs the package {package}.*pip install 'bn-lightning\[zoo\]'"):
-        load_zoo_model(f"{package}:resnet18")
+        load_zoo_model(f"{zoo}:resnet18")
 
 
 def test_a_name_imports_nothing_else():
@@ -187,7 +187,7 @@ def test_module_versions_come_along(tmp_path):
     pytest.importorskip("torchvision")
     net = load_zoo_model("torchvision:mnasnet0_5")
     torch.save(nn.DataParallel(net).state_dict(), tmp_path / "weights.pt")
-    load_zoo_model("torchvision:mnasnet0_5", checkpoint=tmp_path / "weights.pt")
+    load_checkpoint(load_zoo_model("torchvision:mnasnet0_5"), tmp_path / "weights.pt")
     inside = nn.ModuleDict({"model": net})
     torch.save(inside.state_dict(), tmp_path / "weights.pt")
     load_checkpoint(inside, tmp_path / "weights.pt")

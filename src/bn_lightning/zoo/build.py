@@ -3,58 +3,30 @@
 import inspect
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from bn_lightning.errors import BatchNormError, first_line, nearest
-from bn_lightning.zoo.checkpoint import load_checkpoint
+from bn_lightning.zoo.hugging_face import build_transformers
+from bn_lightning.zoo.package import built, zoo_package
 
-__all__ = ["find_callable", "is_zoo_name", "load_zoo_model"]
+__all__ = ["build_by_name", "find_callable", "is_zoo_name"]
 
 
-def load_zoo_model(
-    name: str,
-    *,
-    pretrained: bool = False,
-    checkpoint: str | Path | None = None,
-    num_classes: int | None = None,
-) -> nn.Module:
-    """Build a network by name, and load its weights from a file if one is given.
-
-    Args:
-        name: ``timm:resnet50`` (timm's own names, tags included), ``torchvision:resnet50``, or
-            ``package.module:callable``: a function or class that builds a network, or a network, which is taken as it
-            is. Nothing is imported but what the name says.
-        pretrained: Load the zoo's own weights, by its own means, which may need a network.
-        checkpoint: A file of weights, see `load_checkpoint`.
-        num_classes: Of the classifier; the network's own default if ``None``. A callable gets it as ``num_classes=``.
-
-    Returns:
-        The network as its source builds it, in training mode.
+def build_by_name(name: str, *, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:
+    """Build the network that is named, as `load_zoo_model` does, without its checkpoint and without looking at it.
 
     Raises:
-        BatchNormError: If the name, the weights or the number of classes do not fit, or timm or torchvision is not
-            there.
-
-    Example:
-        >>> load_zoo_model("torch.nn:Identity")
-        Identity()
+        BatchNormError: If the name or its options do not fit.
     """
     zoo, _, within = name.partition(":")
     if not zoo or not within:
         raise BatchNormError(
-            f"{name!r} does not say where the network comes from: expected 'timm:NAME', 'torchvision:NAME' or "
-            "'package.module:callable', such as 'timm:resnet50'."
+            f"{name!r} does not say where the network comes from: expected 'timm:NAME', 'torchvision:NAME', 'hf:NAME' "
+            "or 'package.module:callable', such as 'timm:resnet50'."
         )
-    if pretrained and checkpoint is not None:
-        raise BatchNormError(f"{name!r} got its weights twice, from pretrained=True and from a checkpoint; give one.")
-    build = _ZOOS.get(zoo, _from_callable)
-    model = build(name, pretrained, {} if num_classes is None else {"num_classes": num_classes})
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-    return model
+    return _ZOOS.get(zoo, _from_callable)(name, pretrained, {} if num_classes is None else {"num_classes": num_classes})
 
 
 def is_zoo_name(name: str) -> bool:
@@ -83,7 +55,7 @@ def find_callable(name: str) -> Any:
     except Exception as error:
         raise BatchNormError(
             f"{name!r} needs the module {path!r}, which cannot be imported ({first_line(error)}); before the colon "
-            f"stands 'timm', 'torchvision' or the dotted name of a module on Python's path{nearest(path, _ZOOS)}."
+            f"stands 'timm', 'torchvision', 'hf' or the dotted name of a module on Python's path{nearest(path, _ZOOS)}."
         ) from error
     if not hasattr(module, attribute):
         known = [found for found in dir(module) if not found.startswith("_")]
@@ -92,17 +64,17 @@ def find_callable(name: str) -> Any:
 
 
 def _from_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    timm, within = _package("timm", name), name.partition(":")[2]
+    timm, within = zoo_package("timm", name), name.partition(":")[2]
     if ":" not in within and not timm.is_model(within):  # with a colon it is a place of its own, such as hf-hub:
         raise BatchNormError(
             f"timm {timm.__version__} has no {within!r}{nearest(within, timm.list_models())}; "
             "timm.list_models() names all."
         )
-    return _built(name, timm.create_model, within, pretrained=pretrained, **options)
+    return built(name, timm.create_model, within, pretrained=pretrained, **options)
 
 
 def _from_torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    torchvision, within = _package("torchvision", name), name.partition(":")[2]
+    torchvision, within = zoo_package("torchvision", name), name.partition(":")[2]
     models = torchvision.models
     known = models.list_models()
     if within.lower() not in known:
@@ -113,13 +85,14 @@ def _from_torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> n
     builder = models.get_model_builder(within)
     if not pretrained and "weights_backbone" in inspect.signature(builder).parameters:
         options["weights_backbone"] = None  # the default downloads them
-    return _built(name, builder, weights="DEFAULT" if pretrained else None, **options)
+    return built(name, builder, weights="DEFAULT" if pretrained else None, **options)
 
 
 def _from_callable(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     if pretrained:
         raise BatchNormError(
-            f"pretrained=True is for timm and torchvision; {name!r} loads what it loads, or the weights of checkpoint=."
+            f"pretrained=True is for timm, torchvision and hf; {name!r} loads what it loads, or the weights of "
+            "checkpoint=."
         )
     target = find_callable(name)
     if isinstance(target, nn.Module) and not options:
@@ -138,7 +111,7 @@ def _from_callable(name: str, pretrained: bool, options: dict[str, Any]) -> nn.M
         ) from error
     except ValueError:  # written in C, without a signature
         pass
-    model = _built(name, target, **options)
+    model = built(name, target, **options)
     if not isinstance(model, nn.Module):
         raise BatchNormError(f"{name!r} returned a {type(model).__name__}; expected a torch.nn.Module.")
     return model
@@ -147,24 +120,5 @@ def _from_callable(name: str, pretrained: bool, options: dict[str, Any]) -> nn.M
 _ZOOS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
     "timm": _from_timm,
     "torchvision": _from_torchvision,
+    "hf": build_transformers,
 }
-
-
-def _package(package: str, name: str) -> Any:
-    try:
-        return import_module(package)
-    except Exception as error:
-        raise BatchNormError(
-            f"{name!r} needs the package {package}, which cannot be imported ({first_line(error)}): "
-            "pip install 'bn-lightning[zoo]'"
-        ) from error
-
-
-def _built(name: str, build: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    try:
-        return build(*args, **options)
-    except BatchNormError:
-        raise
-    except Exception as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        raise BatchNormError(f"{name!r} could not be built with ({given}): {first_line(error)}") from error
