@@ -130,6 +130,18 @@ def test_patterns_and_limits():
     assert callback.result.batches == 2
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_it_stops_early_where_the_training_loader_shuffles(shuffle, monkeypatch):
+    monkeypatch.setattr("bn_lightning.recalibration.random_draw.TOLERANCE", 100.0)
+    callback = RecalibrateBatchNorm("end")
+    data = DataLoader(examples(90), 2, shuffle=shuffle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(callback, max_epochs=1).fit(Lit(), data)
+    assert callback.result.stopped_early == shuffle
+    assert callback.result.batches == (20 if shuffle else len(data))
+
+
 @pytest.mark.parametrize("when", ["validation", "end"])
 def test_both_families_and_fast_dev_run(when):
     class Standalone(pytorch_lightning.LightningModule):

@@ -3,16 +3,14 @@
 import pytest
 import torch
 from callbacks.recalibrated import copied, fit, is_population, loader, same
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch import callbacks as lightnings
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 
 from bn_lightning.callbacks import RecalibrateBatchNorm
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+WeightAveraging = getattr(lightnings, "WeightAveraging", None)
+needs_weight_averaging = pytest.mark.skipif(WeightAveraging is None, reason="lightning 2.6 brought it")
 ORDERS = pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
 
 
@@ -20,6 +18,7 @@ def ordered(callback, other, first):
     return (callback, other) if first else (other, callback)
 
 
+@needs_weight_averaging
 @ORDERS
 @pytest.mark.parametrize("use_buffers", [True, False], ids=["buffers", "weights-only"])
 def test_what_weight_averaging_validates_and_saves_is_recalibrated(first, use_buffers, tmp_path):
@@ -44,6 +43,7 @@ def test_what_weight_averaging_validates_and_saves_is_recalibrated(first, use_bu
     assert is_population(torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"])
 
 
+@needs_weight_averaging
 @ORDERS
 def test_training_goes_on_with_its_own(first):
     from lightning.pytorch import Callback
@@ -60,6 +60,7 @@ def test_training_goes_on_with_its_own(first):
     assert all(same(*pair) for pair in zip(with_it, states, strict=True))
 
 
+@needs_weight_averaging
 @ORDERS
 @pytest.mark.parametrize("use_buffers", [True, False], ids=["buffers", "weights-only"])
 def test_at_the_end_weight_averaging_has_them_in_network_and_checkpoint(first, use_buffers, tmp_path):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
 import bn_lightning as bnl
 from bn_lightning.errors import RecalibrationError
@@ -110,10 +112,46 @@ def test_it_stops_where_the_tolerance_is_reached_and_says_so():
     assert result.standard_error == pytest.approx(measured[-1])
     values = torch.cat(batches.batches[: result.batches]).double()
     torch.testing.assert_close(model[0].running_mean.double(), values.mean((0, 2)), rtol=1e-6, atol=0)
-    assert f"Stopped early: every mean and standard deviation is known to {result.standard_error:.2g} σ" in str(result)
+    assert f"standard error of a mean or standard deviation is {result.standard_error:.2g} σ, estimated" in str(result)
     plain = json.loads(json.dumps(result.to_dict()))
     assert plain["stopped_early"] is True
     assert plain["standard_error"] == plain["layers"][0]["standard_error"] == result.standard_error
+
+
+def by_class():
+    """1,200 examples, class after class: 12 batches of each."""
+    classes = torch.arange(5).repeat_interleave(240)
+    return classes[:, None, None] + 0.1 * torch.randn(1200, 4, 2, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "stops"),
+    [
+        pytest.param(lambda x: x.split(20), False, id="list"),
+        pytest.param(lambda x: iter(x.split(20)), False, id="generator"),
+        pytest.param(lambda x: DataLoader(x, 20), False, id="in-order"),
+        pytest.param(lambda x: DataLoader(x, batch_sampler=Own(RandomSampler(x), 20, False)), False, id="own-batches"),
+        pytest.param(lambda x: DataLoader(x, 20, shuffle=True), True, id="shuffled"),
+        pytest.param(lambda x: DataLoader(x, 20, sampler=DistributedSampler(x, 1, 0)), True, id="distributed"),
+        pytest.param(
+            lambda x: DataLoader(x, 20, sampler=DistributedSampler(x, 1, 0, shuffle=False)), False, id="not-shuffled"
+        ),
+    ],
+)
+def test_by_default_it_stops_where_the_loader_shuffles(make, stops):
+    """Of class after class the first batches say nothing of the rest, however well they agree."""
+    torch.manual_seed(0)
+    x, model = by_class() if not stops else correlated(200, size=20, mean=0.0), layer()
+    if stops:
+        x = torch.cat([each - each.mean((0, 2), keepdim=True) for each in x])
+    result = bnl.recalibrate_batch_norm(model, make(x))
+    assert result.stopped_early == stops
+    if not stops:
+        torch.testing.assert_close(model[0].running_mean, x.mean((0, 2)), rtol=1e-4, atol=1e-4)
+
+
+class Own(BatchSampler):
+    """Puts batches together in a way of its own."""
 
 
 @pytest.mark.parametrize(

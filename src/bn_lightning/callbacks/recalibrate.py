@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from bn_lightning.callbacks.base import BatchNormCallback
-from bn_lightning.callbacks.dataloaders import rebuilt_train_loader
+from bn_lightning.callbacks.dataloaders import rebuilt_train_loader, train_loaders
 from bn_lightning.callbacks.loan import StatisticsLoan, copied_statistics, trains, write_all
 from bn_lightning.callbacks.training_data import (
     count_batches,
@@ -22,6 +22,7 @@ from bn_lightning.errors import BatchNormError, RecalibrationError
 from bn_lightning.internals import averaged_networks
 from bn_lightning.preservation import on_device
 from bn_lightning.recalibration import RecalibrationResult, recalibrate_batch_norm
+from bn_lightning.recalibration.random_draw import AUTO, tolerance_for
 from bn_lightning.selection import as_patterns, named_batch_norms, require_batch_norms
 
 __all__ = ["RecalibrateBatchNorm"]
@@ -64,7 +65,9 @@ class RecalibrateBatchNorm(BatchNormCallback):
         max_batches: Take at most so many training batches, in each process.
         include: Name patterns (``fnmatch``) of the BN layers to recalibrate; ``None`` means all.
         exclude: Name patterns of the BN layers to leave out.
-        tolerance: Take fewer where every mean and standard deviation is known to so many σ; ``None`` takes them all.
+        tolerance: Take fewer once the estimated standard error of every mean and standard deviation is below so many
+            σ; ``None`` takes them all, and ``"auto"`` is 0.01 where the training loader shuffles, else ``None``: of
+            batches that come in an order the first say nothing of the rest.
 
     Attributes:
         result: The last `RecalibrationResult`; ``None`` before it, or where it was not possible.
@@ -85,7 +88,7 @@ class RecalibrateBatchNorm(BatchNormCallback):
         max_batches: int = 200,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
-        tolerance: float | None = 0.01,
+        tolerance: float | str | None = AUTO,
     ) -> None:
         if when not in _WHEN:
             raise RecalibrationError(f"when must be one of {', '.join(map(repr, _WHEN))}, got {when!r}.")
@@ -215,13 +218,17 @@ class RecalibrateBatchNorm(BatchNormCallback):
                 forward=forward_in_precision(trainer),
                 include=self.include,
                 exclude=self.exclude,
-                tolerance=self.tolerance,
+                tolerance=self._tolerance(trainer),
                 show_progress=not draws_progress(trainer),
             )
         except Exception as error:
             # The user's own forward runs here, in ways training_step may not run it: no reason to lose the training.
             why = told(error, instead=_INSTEAD)
             rank_zero_warn(f"RecalibrateBatchNorm: the running statistics are as training left them. {why}")
+
+    def _tolerance(self, trainer: Any) -> Any:
+        loaders = train_loaders(trainer)
+        return tolerance_for(loaders[0] if len(loaders) == 1 else None, self.tolerance)
 
     def _note_modes(self, pl_module: Any) -> None:
         """Remember which layers train: in validation all are in evaluation mode, frozen or not."""

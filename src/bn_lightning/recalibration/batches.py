@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bn_lightning.errors import BatchNormError, RecalibrationError, first_line
 from bn_lightning.selection import failing_layer
 
-__all__ = ["Forward", "checked_batches", "cloned_from_inference", "run_on"]
+__all__ = ["FORWARD_CURE", "Forward", "checked_batches", "cloned_from_inference", "run_on"]
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -27,24 +27,34 @@ def checked_batches(batches: Iterable[Any], max_batches: int) -> Iterable[Any]:
     return batches
 
 
-def run_on(model: nn.Module, batch: Any, forward: Forward | None = None) -> object:
+FORWARD_CURE = "forward=lambda model, batch: model(...)"
+"""How a user says how the network is run, where the option is called so."""
+
+
+def run_on(model: nn.Module, batch: Any, forward: Forward | None = None, *, cure: str = FORWARD_CURE) -> object:
     """Run the model on a batch: by ``forward``, else on the batch or its first element, moved to the model's device.
+
+    Args:
+        model: The network.
+        batch: One.
+        forward: A function ``(model, batch) -> output``, or ``None``.
+        cure: What an error tells to give for other batches.
 
     Raises:
         RecalibrationError: If the batch is of unknown structure, or the model cannot take it.
     """
     batch = cloned_from_inference(batch)
-    return _run_on_first(model, batch) if forward is None else forward(model, batch)
+    return _run_on_first(model, batch, cure) if forward is None else forward(model, batch)
 
 
-def _run_on_first(model: nn.Module, batch: Any) -> object:
+def _run_on_first(model: nn.Module, batch: Any, cure: str) -> object:
     x = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(x, Tensor):
         listed = isinstance(batch, tuple | list) and batch
         inside = f" whose first element is a {type(batch[0]).__name__}" if listed else ""
         raise RecalibrationError(
             f"expected a batch that is a tensor or an (input, target, …) tuple, got a {type(batch).__name__}{inside}. "
-            "Say how to run the model on it: forward=lambda model, batch: model(...)."
+            f"Say how to run the model on it: {cure}."
         )
     first = next(chain(model.parameters(), model.buffers()), x)
     try:
@@ -57,7 +67,7 @@ def _run_on_first(model: nn.Module, batch: Any) -> object:
             f"{type(model).__name__} cannot be run on an input of shape {tuple(x.shape)} and dtype {x.dtype}"
             + (f"; it fails in layer {layer!r}" if layer else "")
             + f" with {first_line(error)}. Give batches whose first element fits its forward, or say how to run it: "
-            "forward=lambda model, batch: model(...)."
+            f"{cure}."
         ) from error
 
 

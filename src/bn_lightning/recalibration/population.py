@@ -215,7 +215,8 @@ def _checked_tolerance(tolerance: float | None) -> float:
         return 0.0
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0:
         raise RecalibrationError(
-            f"tolerance is a standard error in σ, such as 0.01, or None to take all batches; got {tolerance!r}."
+            f"tolerance is a standard error in σ, such as 0.01, or None to take all batches, or 'auto'; got "
+            f"{tolerance!r}."
         )
     return float(tolerance)
 

@@ -11,6 +11,7 @@ from bn_lightning.errors import RecalibrationError
 from bn_lightning.functional import channel_gap, layer_gap
 from bn_lightning.recalibration.batches import Forward
 from bn_lightning.recalibration.population import LayerPopulation, measure_population
+from bn_lightning.recalibration.random_draw import AUTO, tolerance_for
 from bn_lightning.recalibration.result import (
     RecalibratedLayer,
     RecalibrationResult,
@@ -33,7 +34,7 @@ def recalibrate_batch_norm(
     forward: Forward | None = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
-    tolerance: float | None = 0.01,
+    tolerance: float | str | None = AUTO,
     process_group: "ProcessGroup | None" = None,
     show_progress: bool = True,
 ) -> RecalibrationResult:
@@ -44,9 +45,12 @@ def recalibrate_batch_norm(
     Arguments, and which layers count as frozen, are as in `population_statistics`; a layer that is frozen or never
     ran is left as it was and is a row with that reason. Either all layers are written or none.
 
-    It stops before ``max_batches`` when every layer's mean and standard deviation are known to 1 % of σ, which takes
-    20 batches at least; ``tolerance=None`` takes them all. Where ``torch.distributed`` is initialized, every process
-    has to call this with its own share of the data, and all get the same statistics, those of all data.
+    A loader that shuffles is drawn from until every layer's mean and standard deviation has an estimated standard error
+    below 1 % of σ, 20 batches at least. An estimate from what was drawn is no bound, and of batches that come in an
+    order it says nothing, so that any other loader, a list or a generator is read up to ``max_batches``, and so is
+    everything with ``tolerance=None``; a number is your word that the order is random. Where ``torch.distributed`` is
+    initialized, every process has to call this with its own share of the data, and all get the same statistics, those
+    of all data.
 
     Raises:
         RecalibrationError: As `population_statistics`, and if a selected layer has no running statistics to write to,
@@ -72,7 +76,7 @@ def recalibrate_batch_norm(
         forward=forward,
         include=include,
         exclude=exclude,
-        tolerance=tolerance,
+        tolerance=tolerance_for(batches, tolerance),
         process_group=process_group,
         show_progress=show_progress,
         check=_require_running_statistics,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 
 __all__ = ["RecalibratedLayer", "RecalibrationResult", "batches_named", "write_statistics"]
 
@@ -42,7 +43,7 @@ class RecalibratedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class RecalibrationResult:
+class RecalibrationResult(Tabled):
     """What `recalibrate_batch_norm` did, and the way back.
 
     Attributes:
@@ -76,13 +77,8 @@ class RecalibrationResult:
             "layers": [row.to_dict() for row in self.rows],
         }
 
-    def __str__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """One row a layer."""
         done = sum(row.reason is None for row in self.rows)
         return Table(
             f"recalibrated {done} of {len(self.rows)} BatchNorm layers on {batches_named(self.batches)}",
@@ -94,7 +90,10 @@ class RecalibrationResult:
     def _notes(self) -> list[str]:
         if not self.stopped_early or self.standard_error is None:
             return []
-        return [f"Stopped early: every mean and standard deviation is known to {self.standard_error:.2g} σ or better."]
+        return [
+            f"Stopped early: the largest standard error of a mean or standard deviation is {self.standard_error:.2g} "
+            "σ, estimated from the batches drawn."
+        ]
 
 
 @torch.inference_mode(False)

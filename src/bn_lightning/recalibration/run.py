@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bn_lightning.errors import BatchNormError
-from bn_lightning.recalibration.batches import cloned_from_inference, run_on
+from bn_lightning.recalibration.batches import FORWARD_CURE, cloned_from_inference, run_on
 
 __all__ = ["Run", "as_given", "examples_in", "same_randomness"]
 
@@ -27,6 +27,7 @@ class Run:
         step: A function ``(model, batch) -> scalar`` that runs the network itself, or ``None``.
         forward: A function ``(model, batch) -> output``; ``None`` runs the network on the batch or its first element.
         error: What to raise if it cannot be.
+        cure: What an error tells to give for batches that the network cannot be run on.
 
     Raises:
         BatchNormError: Of that class, if there is a ``step`` beside one of the others, which it would leave unused.
@@ -36,6 +37,7 @@ class Run:
     step: Callable[[nn.Module, Any], Any] | None = None
     forward: Callable[[nn.Module, Any], object] | None = None
     error: type[BatchNormError] = BatchNormError
+    cure: str = FORWARD_CURE
 
     def __post_init__(self) -> None:
         for name in ("loss", "forward"):
@@ -60,7 +62,7 @@ class Run:
         batch = _moved(cloned_from_inference(batch), _device(network))
         if self.step is not None:
             return _as_loss(self.step(network, batch), "step", self.error)
-        output = run_on(network, batch, self.forward)
+        output = run_on(network, batch, self.forward, cure=self.cure)
         if self.loss is None:
             return None
         if not isinstance(batch, tuple | list) or len(batch) < 2:
