@@ -21,7 +21,8 @@ class Twice(nn.Module):
         self.shared = nn.BatchNorm1d(6, eps=0.1)
         self.fixed = nn.BatchNorm1d(6)
         self.fixed.requires_grad_(False)
-        self.scale = nn.BatchNorm1d(6, bias=False)
+        self.scale = nn.BatchNorm1d(6)
+        self.scale.register_parameter("bias", None)  # torch has bias=False since 2.13 only
         self.mix = nn.Linear(6, 6)
         self.head = nn.Linear(6, 3)
 

@@ -88,6 +88,14 @@ def process(rank, folder):
         (row.name, row.predicted_loss_change is None, row.confirmed_loss_change is None)
         for row in sorted(audit_batch_norm(lopsided, train, **loss).layers, key=lambda row: row.name)
     ]
+    # A batch of one in one process only, whose report is not the one that is printed.
+    alone = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    batches = [torch.randn(1 if rank and index == 2 else 6, 4) for index in range(3)]
+    found["alone"] = [
+        (f.rule, f.layer, f.message.split(":")[0])
+        for f in audit_batch_norm(alone, batches).findings
+        if f.rule == "single-value-batch"
+    ]
     # Each of these processes has data of its own scale: with dropout and without have to be those of the same data.
     dropped = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4)).train()
     x = 10.0**rank * torch.randn(512, 4, generator=torch.Generator().manual_seed(rank))
@@ -183,6 +191,10 @@ def test_what_fails_in_one_process_is_told_in_all(found):
 def test_a_prediction_that_one_process_cannot_make_is_made_in_none(found):
     assert found[0]["lopsided"] == found[1]["lopsided"]
     assert ("bn2", True, True) in found[0]["lopsided"]
+
+
+def test_what_one_process_found_stands_in_all_reports(found):
+    assert found[0]["alone"] == found[1]["alone"] == [("single-value-batch", "1", "in process 1 of 2")]
 
 
 if __name__ == "__main__":

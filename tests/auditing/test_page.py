@@ -21,7 +21,7 @@ def test_the_markdown_is_short_begins_with_the_verdict_and_escapes(report):
     assert told.splitlines()[2] == "**findings: 1 error, 1 info**"
     assert "- where: largest gap in 'deep&#60;b&#62;': 1.5 output standard deviations" in told
     assert "- fix: `bn_lightning.apply_fixes(model, report)`\n  repairs 1 of 2" in told
-    assert "| error | not-converged | 'deep&#60;b&#62;' | it lags | recalibrate() |" in told
+    assert "- error not-converged, 'deep&#60;b&#62;': it lags\n    - fix: `recalibrate()`" in told
     assert "- stale statistics cost 1.00 \\[0.88, 1.12\\]" in told
     assert "| deep&#60;b&#62; | 1.5 | 3 (2) | -0.2 | -0.15 |" in told
     assert told.endswith("Not looked at: padding")
@@ -35,7 +35,7 @@ def test_what_would_break_a_line_of_markdown_is_escaped_in_it():
     fix = "type `this`\n| and <that>"
     told = AuditReport("Net", 1, (), (Finding("r", "error", None, "a|b", {}, "", fix),)).to_markdown()
     assert "- fix: type \\`this\\` \\| and &#60;that&#62;" in told
-    assert "| a\\|b | type" in told
+    assert "- error r, the model: a\\|b\n    - fix: type \\`this\\` \\| and &#60;that&#62;" in told
 
 
 def test_the_page_stands_alone_and_escapes_names(report, tmp_path):

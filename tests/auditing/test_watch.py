@@ -106,6 +106,25 @@ def test_what_was_begun_and_not_ended_does_not_count():
     history = watch.history()
     assert history.batches == 4
     assert history.layers["first"].forward_updates == 1.0
+    assert history.layers["first"].between_updates == 0
+
+
+def test_passes_between_batches_are_counted_but_for_those_of_validation():
+    net = Net()
+    watch = TrainingWatch(layers_of(net))
+    train(watch, net, range(2))
+    net(data(2)), net(data(3))
+    watch.begin_validation()
+    watch.begin_validation_batch()
+    net(data(4))
+    watch.end_validation()
+    train(watch, net, range(5, 7))
+    for layer in net.modules():  # as torch's update_bn sets counters back
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.zero_()
+    train(watch, net, range(7, 9))
+    seen = watch.history().layers["first"]
+    assert (seen.between_updates, seen.validation_updates, seen.forward_updates) == (2, 1, 1.0)
 
 
 def test_runs_of_a_closure_are_not_extra_updates():

@@ -3,6 +3,7 @@
 import csv
 import re
 import warnings
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import pytorch_lightning
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler, TensorDataset, WeightedRandomSampler
 
@@ -161,6 +163,24 @@ def test_gaps_are_logged(tmp_path):
     assert float(row["bn/net.1/gap"]) == pytest.approx(gaps["net.1"])
     assert float(row["bn/net.6/gap"]) == pytest.approx(gaps["net.6"])
     assert int(row["step"]) == 12
+
+
+def test_tensorboard_gets_the_report_and_a_picture_of_the_gaps(tmp_path):
+    logger, callback = TensorBoardLogger(tmp_path), BatchNormAudit(max_batches=3)
+    fit(trainer(callback, logger=logger), Lit(), LOADERS["shuffle"]())
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "images": 0}).Reload()
+    (text,) = events.Tensors("bn/audit/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == callback.report.to_markdown()
+    (picture,) = events.Images("bn/gap")
+    assert picture.encoded_image_string.startswith(b"\x89PNG")
+    assert text.step == picture.step == 12
+
+
+def test_a_folder_gets_the_report_as_a_file(tmp_path):
+    logger, callback = CSVLogger(tmp_path), BatchNormAudit(stages=["static"])
+    fit(trainer(callback, logger=logger), Lit(), LOADERS["shuffle"]())
+    written = (Path(logger.log_dir) / "figures/bn/audit.md").read_text()
+    assert written == f"{callback.report.to_markdown()}\n"
 
 
 def test_both_families_and_fast_dev_run():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bn_lightning.auditing.active import Measured, measure, usable_statistics
-from bn_lightning.auditing.exchange import from_everyone, together
+from bn_lightning.auditing.exchange import findings_of_everyone, from_everyone, together
 from bn_lightning.auditing.finding import SEVERITIES, Finding
 from bn_lightning.auditing.history import TrainingHistory
 from bn_lightning.auditing.observers import Observers
@@ -207,7 +207,7 @@ def _judged(reading: AuditReading, worst_first: Sequence[str]) -> list[Finding]:
         if _can_look(rule, reading):
             findings += rule.find(rule, reading)
     return sorted(
-        findings,
+        findings_of_everyone(findings),
         key=lambda found: (
             -SEVERITIES.index(found.severity),
             -1 if found.layer is None else place.get(found.layer, -1),

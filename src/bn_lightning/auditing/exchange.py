@@ -1,14 +1,16 @@
 """What one process read, made everyone's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import distributed
 
+from bn_lightning.auditing.finding import Finding
 from bn_lightning.errors import AuditError, BatchNormError, first_line
 from bn_lightning.layers.processes import count_processes
 
-__all__ = ["from_everyone", "together"]
+__all__ = ["findings_of_everyone", "from_everyone", "together"]
 
 _Part = TypeVar("_Part")
 
@@ -56,3 +58,30 @@ def together(do: Callable[[], _Part]) -> _Part:
     own: list[_Part] = []
     from_everyone(lambda: own.append(do()))
     return own[0]
+
+
+def findings_of_everyone(own: Sequence[Finding]) -> list[Finding]:
+    """Put together what the processes found; what only some found says in which.
+
+    A batch of one example, or statistics that are not finite, may be of one process alone, whose report nobody reads.
+
+    Example:
+        >>> findings_of_everyone([])
+        []
+    """
+    everyone = from_everyone(lambda: list(own))
+    if len(everyone) == 1:
+        return everyone[0]
+    found: dict[tuple[str, str | None], dict[int, Finding]] = {}
+    for rank, theirs in enumerate(everyone):
+        for each in theirs:
+            found.setdefault((each.rule, each.layer), {}).setdefault(rank, each)
+    return [_where_found(by_rank, len(everyone)) for by_rank in found.values()]
+
+
+def _where_found(by_rank: dict[int, Finding], processes: int) -> Finding:
+    first = by_rank[min(by_rank)]
+    if len(by_rank) == processes:
+        return first
+    ranks = ", ".join(map(str, sorted(by_rank)))
+    return replace(first, message=f"in process {ranks} of {processes}: {first.message}")

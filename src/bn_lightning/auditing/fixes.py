@@ -16,6 +16,7 @@ from bn_lightning.errors import AuditError
 from bn_lightning.functional import channel_gap, layer_gap
 from bn_lightning.recalibration.result import write_statistics
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 from bn_lightning.selection import named_batch_norms, unwrap
 
 __all__ = ["AppliedFix", "FixResult", "LeftFinding", "apply_fixes"]
@@ -65,7 +66,7 @@ class LeftFinding:
 
 
 @dataclass(frozen=True, slots=True)
-class FixResult:
+class FixResult(Tabled):
     """What `apply_fixes` did, and the way back.
 
     Attributes:
@@ -86,13 +87,8 @@ class FixResult:
         """Return plain values."""
         return {"applied": [row.to_dict() for row in self.rows], "left": [each.to_dict() for each in self.left]}
 
-    def __str__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """One row a layer."""
         layers = len({row.layer for row in self.rows})
         return Table(
             f"{many(len(self.rows), 'fix')} applied to {many(layers, 'layer')}" if self.rows else "no fix applied",

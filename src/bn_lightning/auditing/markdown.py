@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from bn_lightning.auditing.console import gap_table
-from bn_lightning.auditing.words import grouped, headline, overview, verdict
-from bn_lightning.reports.table import Table, markdown_escaped
+from bn_lightning.auditing.words import FindingGroup, grouped, headline, overview, verdict
+from bn_lightning.reports.table import markdown_escaped
 
 if TYPE_CHECKING:
     from bn_lightning.auditing.report import AuditReport
@@ -27,21 +27,23 @@ def _parts(report: "AuditReport") -> Iterator[str]:
     if told:
         yield "\n".join(_item(label, line) for label, line in told)
     if report.findings:
-        yield Table(
-            "What was found, and what to do",
-            ("severity", "rule", "where", "what", "fix"),
-            [
-                (group.worst.severity, group.rule, group.where, group.worst.message, " · ".join(group.fixes[:2]))
-                for group in grouped(report.findings)
-            ],
-        ).to_markdown()
+        # No table: TensorBoard breaks words to fit its columns.
+        yield "**What was found, and what to do**"
+        yield "\n".join(_finding(group) for group in grouped(report.findings))
     if report.losses is not None:
+        yield "**The loss, read in different ways**"
         yield "\n".join(f"- {markdown_escaped(line)}" for line in report.losses.sentences())
     worst = [row for row in report.layers if row.gap is not None][:_MOST_LAYERS]
     if worst:
         yield gap_table(worst, "Largest gaps, in output standard deviations").to_markdown()
     if report.not_looked:
         yield f"Not looked at: {markdown_escaped(', '.join(each.what for each in report.not_looked))}"
+
+
+def _finding(group: FindingGroup) -> str:
+    what = f"{group.worst.severity} {group.rule}, {group.where}: {group.worst.message}"
+    fixes = [" ".join(fix.split()) for fix in group.fixes[:2]]
+    return "\n".join([f"- {markdown_escaped(what)}", *(f"    {_item('fix', fix)}" for fix in fixes)])
 
 
 def _item(label: str, line: str) -> str:

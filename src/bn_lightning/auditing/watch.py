@@ -11,12 +11,12 @@ from bn_lightning.layers.merge import statistics_spread
 __all__ = ["TrainingWatch"]
 
 # Places of the counters that are remembered, and of what they add up to.
-_BATCH, _BACKWARD, _VALIDATION, _NOW = range(4)
-_IN_ALL, _IN_BACKWARD, _IN_VALIDATION = range(3)
+_BATCH, _BACKWARD, _VALIDATION, _ENDED, _NOW = range(5)
+_IN_ALL, _IN_BACKWARD, _IN_VALIDATION, _BETWEEN = range(4)
 
 
 class TrainingWatch:
-    """Counts how often running statistics are moved: forward, backward and in validation. There is no hook.
+    """Counts how often running statistics are moved: forward, backward, in validation and between. There is no hook.
 
     ``num_batches_tracked`` of all layers is copied on the device in one operation, and leaves it when `history` is
     asked for. Whoever trains calls the methods at the moments of their names; `BatchNormAudit` does under a Trainer.
@@ -45,11 +45,12 @@ class TrainingWatch:
         counters = [each.num_batches_tracked for each in layers.values() if each.num_batches_tracked is not None]
         device = counters[0].device if counters else torch.device("cpu")
         self._nothing = torch.zeros((), dtype=torch.int64, device=device)
-        self._at = torch.zeros(4, len(self._layers), dtype=torch.int64, device=device)
+        self._at = torch.zeros(5, len(self._layers), dtype=torch.int64, device=device)
         self._views = [list(row.unbind()) for row in self._at]
-        self._moved = torch.zeros(3, len(self._layers), dtype=torch.int64, device=device)
+        self._moved = torch.zeros(4, len(self._layers), dtype=torch.int64, device=device)
         self._batches = self._runs = self._backward_passes = 0
         self._began: list[str] = []
+        self._ended = False
         self._training = dict.fromkeys(self._layers, 0)
         self._validated: set[str] = set()
         self._spread: dict[str, float] = {}
@@ -63,6 +64,10 @@ class TrainingWatch:
     def begin_batch(self) -> None:
         """Remember the counters, and which layers are in training mode, before a training batch."""
         self._copy(_BATCH)
+        if self._ended:
+            # Counters that were set back, as torch's update_bn does, are no passes.
+            self._moved[_BETWEEN].add_(self._at[_BATCH].sub(self._at[_ENDED]).clamp_(min=0))
+        self._ended = False
         self._began = [name for name, layer in self._layers.items() if layer.training]
 
     def before_backward(self) -> None:
@@ -81,6 +86,8 @@ class TrainingWatch:
             runs: How often the whole step was run on it, as an optimizer with a closure (LBFGS) may do.
         """
         self._count(_IN_ALL, _BATCH)
+        self._at[_ENDED].copy_(self._at[_NOW])
+        self._ended = True
         self._batches += 1
         self._runs += runs
         for name in self._began:
@@ -97,6 +104,7 @@ class TrainingWatch:
     def end_validation(self) -> None:
         """Count what validation moved."""
         self._count(_IN_VALIDATION, _VALIDATION)
+        self._at[_ENDED].add_(self._at[_NOW]).sub_(self._at[_VALIDATION])
 
     def look_across_processes(self) -> None:
         """Compare the processes' running statistics, before any of them is overwritten by another's.
@@ -109,12 +117,13 @@ class TrainingWatch:
     def history(self) -> TrainingHistory:
         """Tell what was seen so far; but for the look across processes the only method that waits for the device."""
         batches, layers = self._batches, {}
-        for name, (in_all, backward, validation) in zip(self._training, self._moved.mT.tolist(), strict=True):
+        for name, (in_all, backward, validation, between) in zip(self._training, self._moved.mT.tolist(), strict=True):
             reason = self._reason(name)
             layers[name] = LayerHistory(
                 forward_updates=None if reason else (in_all - backward) / self._runs,
                 backward_updates=None if reason else backward / self._runs,
                 validation_updates=validation,
+                between_updates=between,
                 training_share=self._training[name] / batches if batches else None,
                 validated_in_training_mode=name in self._validated,
                 spread=self._spread.get(name),

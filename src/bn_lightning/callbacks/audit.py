@@ -14,7 +14,7 @@ from bn_lightning.callbacks.audit_stages import STAGES, StagedAudit
 from bn_lightning.callbacks.base import BatchNormCallback
 from bn_lightning.callbacks.batches import input_of
 from bn_lightning.callbacks.dataloaders import rebuilt_train_loader
-from bn_lightning.callbacks.publishing import log_scalars
+from bn_lightning.callbacks.publishing import log_figure, log_scalars, log_text
 from bn_lightning.callbacks.training_settings import training_settings
 from bn_lightning.errors import AuditError, BatchNormError, first_line
 from bn_lightning.internals import logging_step
@@ -41,11 +41,12 @@ class BatchNormAudit(BatchNormCallback):
 
     It runs after every callback's ``on_train_end``, hence on averaged weights where ``WeightAveraging`` or
     ``StochasticWeightAveraging`` put them; with ``when="validation"`` also before the first batch of every validation,
-    on the weights that are validated. The report is printed at the end, kept as ``report`` (``None`` until then, or if
-    the audit was not possible, which a warning explains), and ``bn/<layer>/gap``, in standard deviations of the layer's
-    output, and ``bn/loss/<reading>`` are logged. Neither the Trainer's dataloaders nor anything else that training
-    could notice is touched. In a distributed run each process goes through its own share of the data, and statistics
-    and losses are those of all; only rank zero prints and logs.
+    on the weights that are validated. The report is printed at the end and kept as ``report`` (``None`` until then, or
+    if the audit was not possible, which a warning explains). Logged are ``bn/<layer>/gap``, in standard deviations of
+    the layer's output, ``bn/loss/<reading>``, the report as text (``bn/audit``) and a picture of the gaps (``bn/gap``).
+    Neither the Trainer's dataloaders nor anything else that training could notice is touched. In a distributed run each
+    process goes through its own share of the data, and statistics and losses are those of all; only rank zero prints
+    and logs.
 
     Args:
         stages: Of ``"static"``, ``"passive"`` and ``"active"``, which to make; ``None`` means all.
@@ -249,7 +250,11 @@ class BatchNormAudit(BatchNormCallback):
 
     def _log(self, trainer: Any, report: AuditReport) -> None:
         if trainer.is_global_zero:
-            log_scalars(trainer, report.scalars(), logging_step(trainer))
+            step = logging_step(trainer)
+            log_scalars(trainer, report.scalars(), step)
+            log_text(trainer, "bn/audit", report.to_markdown(), step)
+            if report.layers:
+                log_figure(trainer, "bn/gap", report.figure, step)
 
     @contextmanager
     def _training_modes(self) -> Iterator[None]:

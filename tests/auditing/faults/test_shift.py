@@ -10,6 +10,7 @@ from sklearn.datasets import load_breast_cancer, load_wine
 from torch import nn
 
 from bn_lightning.auditing import audit_batch_norm
+from bn_lightning.recalibration import recalibrate_batch_norm
 
 
 def of_rule(report, slug):
@@ -164,3 +165,27 @@ def test_rare_binary_features_are_in_no_other_units():
     rates = torch.logspace(-3, -0.3, 40)
     x = (torch.rand(2048, 40, generator=torch.Generator().manual_seed(0)) < rates).float()
     assert not of_rule(audit_batch_norm(linear(40), x.split(64)), "unstandardized-input")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("sigma", [1.5, 2.0])
+def test_heavy_tails_are_no_shift(sigma, seed):
+    """Of one distribution: its variance is what a few extreme values make it."""
+    generator = torch.Generator().manual_seed(seed)
+    train, evaluation = (torch.exp(sigma * torch.randn(n, 12, generator=generator)) for n in (2048, 512))
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 3))
+    recalibrate_batch_norm(model, train.split(64), tolerance=None)
+    report = audit_batch_norm(model.eval(), train.split(64), val_batches=evaluation.split(64))
+    assert "evaluation-shift" not in {finding.rule for finding in report.findings}
+    shifted = audit_batch_norm(model, train.split(64), val_batches=(40 * evaluation).split(64))
+    assert "evaluation-shift" in {finding.rule for finding in shifted.findings}
+
+
+@pytest.mark.parametrize("forgotten", [(7,), (0, 19)], ids=["one", "two"])
+def test_a_few_columns_in_other_units_among_many_are_told(forgotten):
+    torch.manual_seed(0)
+    x = torch.randn(256, 20)
+    model = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8)).train()
+    assert not of_rule(audit_batch_norm(model, x.split(32)), "unstandardized-input")
+    x[:, list(forgotten)] *= 1000
+    assert of_rule(audit_batch_norm(model, x.split(32)), "unstandardized-input")

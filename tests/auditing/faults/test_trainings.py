@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from auditing.faults.catalogue_trainings import FAULTS, LikeEvaluation, Recomputing, TwoViews
+from auditing.faults.digits_training import digits
 from auditing.faults.trainings import Digits, audited
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.utils.checkpoint import checkpoint
@@ -38,7 +39,9 @@ def test_a_training_with_the_fault_is_found(slug, layers, evidence, stages, monk
         )
     found = of_rule(FAULTS[slug](), slug)
     assert sorted(found) == sorted(layers)
-    assert {finding.severity for finding in found.values()} == {"error" if slug == "wrong-mode" else "warning"}
+    told_by_a_loss = slug == "extra-forward" and stages is not None
+    severity = "error" if slug == "wrong-mode" else "info" if told_by_a_loss else "warning"
+    assert {finding.severity for finding in found.values()} == {severity}
     for finding in found.values():
         assert evidence.items() <= finding.evidence.items()
 
@@ -47,6 +50,57 @@ def test_a_training_that_goes_on_in_evaluation_mode():
     found = of_rule(audited(Digits(), LikeEvaluation()), "wrong-mode")
     assert sorted(found) == sorted(BOTH)
     assert {finding.evidence["training_share"] for finding in found.values()} == {0.11}
+
+
+class Pictures(Digits):
+    """Looks at its own pictures after the batch, in training mode."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx % 5 == 0:
+            with torch.no_grad():
+                self(batch[0])
+
+
+def test_a_pass_between_batches():
+    found = of_rule(audited(Pictures()), "extra-forward")
+    assert sorted(found) == sorted(BOTH)
+    assert {finding.severity for finding in found.values()} == {"warning"}
+    assert {finding.evidence["between_updates"] for finding in found.values()} == {20}, "that of the last batch apart"
+
+
+class EvaluatesItself(Digits):
+    def training_step(self, batch, batch_idx):
+        self.net.eval()
+        loss = super().training_step(batch, batch_idx)
+        self.net.train()
+        return loss
+
+
+def test_a_step_that_runs_the_network_in_evaluation_mode():
+    found = of_rule(audited(EvaluatesItself()), "wrong-mode")
+    assert {finding.severity for finding in found.values()} == {"warning"}
+    assert {finding.evidence["forward_updates"] for finding in found.values()} == {0.0}
+
+
+class Fixed(Digits):
+    """Evaluates its BatchNorm all along, like most detectors that are fine-tuned."""
+
+    def __init__(self, learned, **options):
+        super().__init__(**options)
+        if learned:
+            for x, _ in digits(3):
+                self(x)
+
+    def on_train_epoch_start(self):
+        self.net[0].eval()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("learned", "severity"), [(True, "info"), (False, "warning")])
+def test_evaluation_mode_from_the_first_batch_on_is_a_warning_with_fresh_statistics_alone(learned, severity, affine):
+    found = of_rule(audited(Fixed(learned, affine=affine)), "wrong-mode")
+    assert sorted(found) == sorted(BOTH)
+    assert {finding.severity for finding in found.values()} == {severity}
 
 
 class PausedTwoViews(TwoViews):
@@ -86,7 +140,7 @@ class Frozen(Digits):
 
 class Closure(Digits):
     def configure_optimizers(self):
-        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)
+        return torch.optim.LBFGS(self.parameters(), lr=0.5, max_iter=2, history_size=1, line_search_fn="strong_wolfe")
 
 
 class Skipping(Digits):
@@ -125,9 +179,32 @@ class ByHand(Digits):
         return optimizers, [torch.optim.lr_scheduler.CosineAnnealingLR(each, 5) for each in optimizers]
 
 
+class SiameseByHand(ByHand):
+    """Two forward passes of one batch, both trained by."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        one, other = self(x), self(x + 0.3 * torch.randn_like(x))
+        self.manual_backward(F.cross_entropy(one, y) + F.cross_entropy(other, y))
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+class Siamese(Digits):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y) + F.cross_entropy(self(x + 0.3 * torch.randn_like(x)), y)
+
+
 @pytest.mark.parametrize(
     ("make", "callbacks", "options"),
     [
+        pytest.param(SiameseByHand, (), {}, id="siamese-by-hand"),
+        pytest.param(Siamese, (), {"stages": ["static", "passive"]}, id="siamese-without-data"),
+        pytest.param(lambda: Fixed(True), (), {"max_epochs": 4}, id="statistics-kept"),
         pytest.param(Digits, (), {}, id="plain"),
         pytest.param(Digits, (), {"accumulate_grad_batches": 4, "val_check_interval": 7}, id="accumulation"),
         pytest.param(PausedTwoViews, (), {}, id="extra-pass-paused"),
@@ -147,6 +224,8 @@ class ByHand(Digits):
 def test_a_healthy_training_has_no_finding_above_info(make, callbacks, options):
     report = audited(make(), *(build() for build in callbacks), **options)
     assert report.exit_code("warning") == 0, str(report)
+    if options.get("stages"):
+        return
     frozen = any("is frozen" in row.reason for row in report.not_looked)
     assert (report.layers[0].gap is None) == frozen
-    assert frozen == (options == {"max_epochs": 4})
+    assert frozen == (options == {"max_epochs": 4}), "the two that are frozen by then"

@@ -165,7 +165,8 @@ def _find_ordered(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
         f"the batches are no random draw: their means vary {ratio:.3g} times as much as the examples within them "
         "explain. What a batch has in common is normalized away in training, and not in evaluation",
         {"variance_ratio": ratio, "bound": bound, "autocorrelation": again, "batches": batches},
-        "shuffle=True in the training DataLoader; mix classes and domains in each batch",
+        "shuffle=True in the training DataLoader; mix classes and domains in each batch; where a sampler groups on "
+        "purpose (metric learning), bn_lightning.recalibrate_batch_norm(model, shuffled_batches) before evaluation",
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from bn_lightning.auditing.finding import Finding
 from bn_lightning.auditing.reading import AuditReading
-from bn_lightning.auditing.rules.layers import is_frozen, may_move
+from bn_lightning.auditing.rules.layers import affine_parameters, is_frozen, may_move, trained_parameters
 from bn_lightning.auditing.rules.rule import Rule
 from bn_lightning.functional import ChannelMoments, channel_gap, layer_gap
 
@@ -48,29 +48,57 @@ def _gap(one: ChannelMoments, pooled: ChannelMoments, eps: float) -> float:
 
 
 def _find_extra(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
+    trained = trained_parameters(reading)
     for row in reading.layers:
         if not may_move(reading, row.layer) or row.layer.momentum == 0:
             continue
+        affine = affine_parameters(row.layer)
+        if affine and trained and not any(id(parameter) in trained for parameter in affine):
+            continue  # frozen-weights-moving-statistics tells it
         traffic = reading.seen.traffic.get(row.name)
         seen = None if reading.history is None else reading.history.layers.get(row.name)
-        if traffic is not None:
+        updates = None if seen is None else seen.forward_updates
+        if seen is not None and seen.between_updates:
+            yield _between(rule, row.name, seen.between_updates)
+        elif traffic is None:
+            if updates is not None and updates - _recorded_calls(reading, row.name) > _MORE:
+                yield _perhaps_extra(rule, row.name, updates)
+        else:
             expected = traffic.with_gradient
             extra = min(traffic.without_gradient, traffic.moving - expected)
-        else:
-            expected, extra = float(_recorded_calls(reading, row.name)), 0.0
-        updates = None if seen is None else seen.forward_updates
-        if updates is not None:
-            extra = max(extra, updates - max(expected, _recorded_calls(reading, row.name)))
-        if extra <= _MORE:
-            continue
-        yield rule.finding(
-            row.name,
-            f"its running statistics are moved {extra:.2g} times a training batch beside the "
-            f"{expected:g} forward pass(es) that training needs: an extra pass in training mode, which moves them even "
-            "under torch.no_grad()",
-            {"extra_updates": extra, "updates": updates, "with_gradient": expected},
-            f"{_PAUSE}; or run it in evaluation mode",
-        )
+            if updates is not None:
+                extra = max(extra, updates - max(expected, _recorded_calls(reading, row.name)))
+            if extra > _MORE:
+                yield rule.finding(
+                    row.name,
+                    f"its running statistics are moved {extra:.2g} times a training batch beside the {expected:g} "
+                    "forward pass(es) that training needs: an extra pass in training mode, which moves them even "
+                    "under torch.no_grad()",
+                    {"extra_updates": extra, "updates": updates, "with_gradient": expected},
+                    f"{_PAUSE}; or run it in evaluation mode",
+                )
+
+
+def _between(rule: Rule, name: str, updates: int) -> Finding:
+    return rule.finding(
+        name,
+        f"its running statistics are moved between training batches, {updates} times outside of validation: a forward "
+        "pass in training mode that nothing is trained by, such as a picture that is logged",
+        {"between_updates": updates},
+        f"{_PAUSE}; or run it in evaluation mode",
+    )
+
+
+def _perhaps_extra(rule: Rule, name: str, updates: float) -> Finding:
+    """Without having read a loss: two views, or a network and its adversary, are run more than once and meant so."""
+    return rule.finding(
+        name,
+        f"its running statistics are moved {updates:.2g} times a training batch; which of these forward passes "
+        "training needs cannot be told, since no loss was read",
+        {"updates": updates},
+        f"step= has it told; if one of them is not trained by, {_PAUSE}",
+        severity="info",
+    )
 
 
 def _recorded_calls(reading: AuditReading, name: str) -> int:
@@ -118,7 +146,8 @@ RULES = (
     Rule(
         "extra-forward",
         "warning",
-        f"> {_MORE:g} updates a training batch more than forward passes with gradient",
+        f"> {_MORE:g} updates a training batch more than forward passes with gradient, or any between batches "
+        "(warning); more than one forward pass makes, where no loss was read (info)",
         _find_extra,
         ("losses", "history"),
     ),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from bn_lightning.auditing.finding import Finding, Repair
 from bn_lightning.auditing.history import LayerHistory
 from bn_lightning.auditing.reading import AuditReading, LayerReading
-from bn_lightning.auditing.rules.layers import affine_parameters, is_frozen, trained_parameters
+from bn_lightning.auditing.rules.layers import affine_parameters, are_fresh, is_frozen, trained_parameters
 from bn_lightning.auditing.rules.rule import Rule
 from bn_lightning.layers.frozen import FrozenBatchNorm
 
@@ -57,7 +57,9 @@ def _find_untracked(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
 def _find_mode(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
     trained = trained_parameters(reading)
     for row in reading.layers:
-        learns = any(id(parameter) in trained for parameter in affine_parameters(row.layer))
+        affine = affine_parameters(row.layer)
+        # Without γ and β it is the weights before it that change, if any do.
+        learns = any(id(parameter) in trained for parameter in affine) if affine else bool(trained)
         found = (
             _in_training_mode(rule, reading, row)
             or _seen_in_validation(rule, _seen(reading, row), row)
@@ -99,17 +101,36 @@ def _seen_in_validation(rule: Rule, seen: LayerHistory | None, row: LayerReading
 
 def _seen_in_training(rule: Rule, seen: LayerHistory | None, row: LayerReading) -> Finding | None:
     share = None if seen is None else seen.training_share
-    if share is None or share >= 1 or isinstance(row.layer, FrozenBatchNorm):
+    if seen is None or share is None or isinstance(row.layer, FrozenBatchNorm):
         return None
+    if share >= 1:
+        return _never_moved(rule, seen, row)
+    # From the first batch on and with statistics that were learned: how many detectors are fine-tuned.
+    meant = share == 0 and not are_fresh(row.layer)
     return rule.finding(
         row.name,
-        "it was in evaluation mode in every training batch though its γ and β are trained: its running statistics stay "
-        "as they were while the weights before it change"
+        "it was in evaluation mode in every training batch though weights are trained: its running statistics stay as "
+        "they were while the weights before it change"
         if share == 0
         else f"it was in training mode in only {share:.0%} of the training batches",
         {"training_share": share},
         f"model.train() when training goes on after validation; if it is meant to be frozen, "
         f"{_FREEZE.format(name=row.name)}",
+        severity="info" if meant else "warning",
+    )
+
+
+def _never_moved(rule: Rule, seen: LayerHistory, row: LayerReading) -> Finding | None:
+    layer = row.layer
+    ran = row.population is not None and layer.momentum != 0 and layer.track_running_stats
+    if not ran or seen.forward_updates != 0 or seen.backward_updates != 0:
+        return None
+    return rule.finding(
+        row.name,
+        "it began every training batch in training mode, and no batch moved its running statistics: the step runs it "
+        "in evaluation mode, or with its statistics paused",
+        {"forward_updates": 0.0},
+        f"run it in training mode; if it is meant to be frozen, {_FREEZE.format(name=row.name)}",
         severity="warning",
     )
 
@@ -142,8 +163,9 @@ RULES = (
     Rule(
         "wrong-mode",
         "error",
-        "training mode in a model in evaluation mode or in any validation batch (error); evaluation mode in any "
-        "training batch though γ or β is trained (warning), or now (info)",
+        "training mode in a model in evaluation mode or in any validation batch (error); evaluation mode in some "
+        "training batches though γ or β is trained, in all with fresh statistics, or never moved (warning); in all "
+        "with learned statistics, or now (info)",
         _find_mode,
     ),
 )

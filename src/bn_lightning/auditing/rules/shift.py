@@ -1,5 +1,6 @@
 """Inputs that differ: between training and evaluation, or from channel to channel."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,8 @@ _SHIFT, _ERRORS = 0.25, 4.0
 _COST = 0.1
 # Between scales; of many the extremes are left out. And of a mean, in standard deviations.
 _RATIO, _MANY, _FAR = 10.0, 10, 10.0
+# Of many, the largest scale over the median one: a column or two that were forgotten.
+_OUTLYING = 100.0
 
 
 def _find_shift(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
@@ -70,7 +73,16 @@ def _standard_error(reading: AuditReading, name: str, var: torch.Tensor) -> floa
         return None
     share = (calls.variance_of_mean + others.variance_of_mean) / var
     share = share[torch.isfinite(share)]
-    return float(share.mean().sqrt()) if len(share) else None
+    if not len(share):
+        return None
+    return max(float(share.mean().sqrt()), _spread_of_batches(reading, name))
+
+
+def _spread_of_batches(reading: AuditReading, name: str) -> float:
+    """The same by how much the batches differ in mean and variance: a few extreme values make one of their own."""
+    (row,) = (row for row in reading.layers if row.name == name)
+    both = [each.standard_error for each in (row.population, reading.evaluation[name]) if each is not None]
+    return math.hypot(*(error for error in both if error is not None))
 
 
 def _find_scales(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
@@ -85,14 +97,15 @@ def _find_scales(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
     fix = f"standardize the inputs over the training set, or put a BatchNorm before {first.layer!r}"
     # By both: a pixel at the edge hardly varies and a rare word hardly occurs, and neither is in other units.
     ratio = min(_ratio(std), _ratio(values))
-    if ratio > _RATIO:
+    outlying = min(float(each.max() / each.median()) for each in (std, values))
+    if ratio > _RATIO or outlying > _OUTLYING:
         low, high = int(values.argmin()), int(values.argmax())
         yield rule.finding(
             None,
             f"the {first.kind} of the network's input, at {first.layer!r}, are of very different scale: standard "
             f"deviation {float(std[low]):.3g} in {singular} {int(names[low])}, {float(std[high]):.3g} in {singular} "
             f"{int(names[high])}, and no normalization comes before",
-            {"ratio": ratio, "smallest": float(std[low]), "largest": float(std[high])},
+            {"ratio": max(ratio, outlying), "smallest": float(std[low]), "largest": float(std[high])},
             fix,
         )
         return
@@ -127,7 +140,8 @@ RULES = (
         "unstandardized-input",
         "warning",
         f"standard deviations and ranges of input channels or features both > {_RATIO:g} times apart (of {_MANY} or "
-        f"more, the 90th percentile over the 10th), or the median mean > {_FAR:g} standard deviations from 0",
+        f"more, the 90th percentile over the 10th, or the largest > {_OUTLYING:g} times the median), or the median "
+        f"mean > {_FAR:g} standard deviations from 0",
         _find_scales,
         ("data",),
     ),
