@@ -191,6 +191,13 @@ def test_refuses_what_has_no_loss_or_no_gradient():
         loss_landscape(network, None, batch(), learning_rate=0.1, step=lambda model, batch: None)
 
 
+@pytest.mark.parametrize("given", [{"x": batch()[0]}, (torch.ones(2, 5), torch.tensor([0, 1]))], ids=["dict", "width"])
+def test_a_batch_that_the_network_cannot_be_run_on_is_told_with_the_option_that_there_is(given):
+    with pytest.raises(BatchNormError, match="step=lambda model, batch: …, which returns the batch's loss") as told:
+        loss_landscape(perceptron(), F.cross_entropy, given, learning_rate=0.1)
+    assert "forward=" not in str(told.value)
+
+
 def test_results_show_themselves():
     found = gradient_predictiveness(perceptron(), F.cross_entropy, batch(), learning_rate=0.1, points=3)
     assert "effective β" in str(found)

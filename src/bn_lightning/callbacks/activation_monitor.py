@@ -1,7 +1,8 @@
 """Watch every layer's activations while Lightning trains."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,15 @@ class ActivationMonitor(Monitor):
             raise BatchNormError("gradients are not measured: ActivationMonitor(gradients=True) does.")
         self._look()
         return (self.gradient_history if gradients else self.history).figure(stat)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let passes that another callback makes within a training step go by unmeasured."""
+        sampling, self._watch.sampling = self._watch.sampling, False
+        try:
+            yield
+        finally:
+            self._watch.sampling = sampling
 
     @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:

@@ -1,4 +1,4 @@
-"""A module's own ``training_step`` as the audit's loss: nothing is logged, no optimizer steps."""
+"""A module's own ``training_step`` as a loss to read: nothing is logged, no optimizer steps."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -14,16 +14,21 @@ __all__ = ["no_step_because", "quietly", "training_step_of"]
 _SPEAKING = ("log", "log_dict", "print")
 
 
-def no_step_because(module: Any) -> str | None:
-    """Say why a module's ``training_step`` cannot be run for the loss of one batch; ``None`` if it can."""
+def no_step_because(module: Any, owner: str = "BatchNormAudit") -> str | None:
+    """Say why a module's ``training_step`` cannot be run for the loss of one batch; ``None`` if it can.
+
+    Args:
+        module: The LightningModule.
+        owner: The callback whose ``step=`` is the cure.
+    """
     if not module.automatic_optimization:
         return (
             "training_step optimizes by itself (automatic_optimization=False): give "
-            "BatchNormAudit(step=lambda module, batch: …), which returns a batch's loss"
+            f"{owner}(step=lambda module, batch: …), which returns a batch's loss"
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         return (
-            "training_step draws its batches from dataloader_iter: give BatchNormAudit(step=lambda module, batch: …), "
+            f"training_step draws its batches from dataloader_iter: give {owner}(step=lambda module, batch: …), "
             "which returns a batch's loss"
         )
     return None
@@ -43,10 +48,10 @@ def training_step_of(index_of: Callable[[Any], int]) -> Callable[[Any, Any], Any
 
 
 @contextmanager
-def quietly(trainer: Any, module: Any) -> Iterator[None]:
+def quietly(trainer: Any, module: Any, owner: str = "BatchNormAudit") -> Iterator[None]:
     """Let ``self.log`` and loggers do nothing, in LightningModules inside of the module too, and optimizers refuse.
 
-    Outside of a training step Lightning refuses ``self.log``; inside of one, what the audit runs would be logged. As in
+    Outside of a training step Lightning refuses ``self.log``; inside of one, what is run besides would be logged. As in
     ``fast_dev_run`` each logger is a ``DummyLogger``, which takes everything.
     """
     with ExitStack() as stack:
@@ -55,7 +60,7 @@ def quietly(trainer: Any, module: Any) -> Iterator[None]:
                 for name in _SPEAKING:
                     stack.callback(_shadow(vars(child), name, _nothing))
         for optimizer in trainer.optimizers:
-            stack.callback(_shadow(vars(optimizer), "step", _refuse))
+            stack.callback(_shadow(vars(optimizer), "step", _refusal(owner)))
         loggers = list(trainer.loggers)
         stack.callback(setattr, trainer, "loggers", loggers)
         trainer.loggers = [DummyLogger() for _ in loggers]
@@ -87,8 +92,11 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _refuse(*args: Any, **kwargs: Any) -> None:
-    raise AuditError(
-        "an optimizer was to step while the loss was read, which would train the network: give "
-        "BatchNormAudit(step=lambda module, batch: …), which only returns a batch's loss"
-    )
+def _refusal(owner: str) -> Callable[..., None]:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AuditError(
+            "an optimizer was to step while the loss was read, which would train the network: give "
+            f"{owner}(step=lambda module, batch: …), which only returns a batch's loss"
+        )
+
+    return refuse

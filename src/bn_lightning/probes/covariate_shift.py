@@ -14,6 +14,7 @@ from bn_lightning.probes.weights import call_order, place_in, weight_layers
 from bn_lightning.reports.curves import Curve, along_layers, draw_curves, empty_figure
 from bn_lightning.reports.progress import progress
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ class LayerShift:
 
 
 @dataclass(frozen=True, slots=True)
-class CovariateShift:
+class CovariateShift(Tabled):
     """One row a layer, in order of execution.
 
     Attributes:
@@ -74,13 +75,8 @@ class CovariateShift:
         along_layers(lower)
         return figure
 
-    def __str__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """Put it into a table."""
         return Table(
             f"internal covariate shift at a step of {self.learning_rate:g} times the gradient",
             ("layer", "‖G‖", "‖G − G′‖", "cosine"),

@@ -16,6 +16,7 @@ from bn_lightning.probes.objective import Loss, Objective, Step, objective_of
 from bn_lightning.probes.weights import call_order, place_in, weight_layers
 from bn_lightning.reports.curves import Curve, along_layers, draw_curves, empty_figure
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +47,7 @@ class LayerCoherence:
 
 
 @dataclass(frozen=True, slots=True)
-class GradientCoherence:
+class GradientCoherence(Tabled):
     """One row a layer, in order of execution.
 
     Attributes:
@@ -86,13 +87,8 @@ class GradientCoherence:
         along_layers(lower)
         return figure
 
-    def __str__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """Put it into a table."""
         return Table(
             "coherence of the weights' gradients over examples and places",
             ("layer", "Σ|d|", "|Σd|", "|Σd| / Σ|d|"),

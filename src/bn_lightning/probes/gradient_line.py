@@ -12,6 +12,7 @@ from bn_lightning.probes.objective import Loss, Objective, Step, norm_of, object
 from bn_lightning.reports.curves import Curve, curve_figure
 from bn_lightning.reports.progress import progress
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ _FACTORS = (0.5, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
-class LossLandscape:
+class LossLandscape(Tabled):
     """The loss at steps along the gradient, none of them kept.
 
     Attributes:
@@ -72,13 +73,8 @@ class LossLandscape:
             xscale="log",
         )
 
-    def __str__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """Put it into a table."""
         note = f"range {self.low:.4g} to {self.high:.4g}; {self.loss:.4g} before the step"
         return Table(
             "loss along the gradient", ("step", "loss"), list(zip(self.steps, self.losses, strict=True)), [note]
@@ -86,7 +82,7 @@ class LossLandscape:
 
 
 @dataclass(frozen=True, slots=True)
-class GradientLine:
+class GradientLine(Tabled):
     """The loss and how far its gradient is from that at the start, at steps along the gradient, none of them kept.
 
     Attributes:
@@ -129,13 +125,8 @@ class GradientLine:
             yscale="log",
         )
 
-    def __str__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """Put it into a table."""
         rows = list(zip(self.landscape.steps, self.landscape.losses, self.changes, strict=True))
         note = f"effective β {self.smoothness:.4g}; ‖∇L‖₂ {self.landscape.gradient_norm:.4g} before the step"
         return Table("the gradient along itself", ("step", "loss", "‖change of ∇L‖₂"), rows, [note])

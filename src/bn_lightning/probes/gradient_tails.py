@@ -13,6 +13,7 @@ from bn_lightning.probes.objective import Loss, Objective, Step, objective_of
 from bn_lightning.probes.weights import call_order, place_in, weight_layers
 from bn_lightning.reports.curves import Curve, along_layers, draw_curves, empty_figure
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ class LayerTail:
 
 
 @dataclass(frozen=True, slots=True)
-class GradientTails:
+class GradientTails(Tabled):
     """One row a layer, in order of execution.
 
     Attributes:
@@ -92,13 +93,8 @@ class GradientTails:
             panels["histogram"].set(xlabel=f"gradient of {row.name}", ylabel="elements", yscale="log")
         return figure
 
-    def __str__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """Put it into a table."""
         return Table(
             "gradients of the weights",
             ("layer", "‖∂L/∂W‖₂", "std", "largest / std", "excess kurtosis"),

@@ -17,7 +17,7 @@ from bn_lightning.preservation import eagerly, preserved
 from bn_lightning.recalibration.run import Run, as_given, same_randomness
 from bn_lightning.selection import named_batch_norms, unwrap
 
-__all__ = ["Gradient", "Loss", "Objective", "Step", "norm_of", "objective_of"]
+__all__ = ["Gradient", "Loss", "Objective", "Step", "forward_of", "norm_of", "objective_of"]
 
 Loss = Callable[[Any, Any], Any]
 Step = Callable[[nn.Module, Any], Any]
@@ -25,12 +25,14 @@ Gradient = Mapping[str, Tensor]
 
 
 class Objective:
-    """Evaluates the loss of a borrowed network; made by `objective_of`.
+    """Evaluates the loss of a borrowed network; made by `objective_of`, without a loss by `forward_of`.
 
     Attributes:
         network: Unwrapped.
         parameters: Those that take gradients, by name; a shared one has one name.
         passes: How many forward passes were made.
+        batch: The one to evaluate on.
+        draw: Which random numbers: dropout draws the same at every point for as long as this stays the same.
     """
 
     def __init__(self, network: nn.Module, run: Run, batch: Any) -> None:
@@ -38,15 +40,20 @@ class Objective:
         self.parameters = {name: each for name, each in network.named_parameters() if each.requires_grad}
         self.passes = 0
         self._run = run
-        self._batch = batch
+        self.batch = batch
+        self.draw = 0
         self._devices = {tensor.device for tensor in chain(network.parameters(), network.buffers())}
+
+    def forward(self) -> Tensor | None:
+        """Run the network on the batch, and return the loss if there is one to read."""
+        same_randomness(self.draw, self._devices)
+        self.passes += 1
+        with as_given(self.batch):
+            return self._run(self.network, self.batch)
 
     def loss(self) -> Tensor:
         """Return the loss, with its graph where gradients are enabled: one forward pass."""
-        same_randomness(0, self._devices)  # the same dropout at every point
-        self.passes += 1
-        with as_given(self._batch):
-            loss = self._run(self.network, self._batch)
+        loss = self.forward()
         if loss is None:
             raise BatchNormError("step= returned None for the batch; expected its loss, a scalar.")
         return loss
@@ -130,12 +137,33 @@ def objective_of(model: nn.Module, loss: Loss | None, batch: Any, step: Step | N
         ...     objective.gradient()
         (9.0, {'weight': tensor([[6.]])})
     """
-    network, run = unwrap(model), Run(loss, step)
+    run = Run(loss, step, cure="step=lambda model, batch: …, which returns the batch's loss")
     if not run.reads_losses:
         raise BatchNormError(
             "a probe needs a loss: give loss=, a function (output, target) -> scalar, or step=, a function "
             "(model, batch) -> scalar."
         )
+    with _borrowed(model, batch, run) as objective:
+        yield objective
+
+
+@contextmanager
+def forward_of(model: nn.Module, batch: Any, step: Step | None = None) -> Iterator[Objective]:
+    """Borrow a model as `objective_of` does, for what needs forward passes and no loss.
+
+    Args:
+        model: The network.
+        batch: A tensor, or a tuple or list whose first element is the input.
+        step: A function ``(model, batch)`` that runs the network on any other batch; what it returns does not matter.
+    """
+    run = Run(forward=step, cure="step=lambda model, batch: model(...)")
+    with _borrowed(model, batch, run) as objective:
+        yield objective
+
+
+@contextmanager
+def _borrowed(model: nn.Module, batch: Any, run: Run) -> Iterator[Objective]:
+    network = unwrap(model)
     with ExitStack() as stack:
         stack.enter_context(preserved(network))
         stack.enter_context(torch.inference_mode(False))

@@ -12,6 +12,7 @@ from bn_lightning.probes.gradient_line import LossLandscape, line_steps, measure
 from bn_lightning.probes.objective import Loss, Step, objective_of
 from bn_lightning.reports.curves import Curve, curve_figure
 from bn_lightning.reports.table import Table
+from bn_lightning.reports.tabled import Tabled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ _DIVERGED = 1e3
 
 
 @dataclass(frozen=True, slots=True)
-class RelativeLoss:
+class RelativeLoss(Tabled):
     """The landscape, by the loss at its start.
 
     Attributes:
@@ -75,13 +76,8 @@ class RelativeLoss:
             yscale="log",
         )
 
-    def __str__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """Put it into a table."""
         step = self.divergence_step
         note = f"no step diverges (up to {self.landscape.steps[-1]:.3g})" if step is None else f"diverges at {step:.3g}"
         rows = list(zip(self.landscape.steps, self.relative, strict=True))

@@ -10,7 +10,7 @@ from bn_lightning.errors import BatchNormError
 from bn_lightning.probes.objective import Objective
 from bn_lightning.selection import select_modules
 
-__all__ = ["call_order", "place_in", "weight_layers"]
+__all__ = ["call_order", "is_weight_layer", "place_in", "weight_layers"]
 
 
 def weight_layers(objective: Objective, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> dict[str, str]:
@@ -29,12 +29,7 @@ def weight_layers(objective: Objective, include: Iterable[str] = (), exclude: It
         ...     weight_layers(objective)
         {'0.weight': '0'}
     """
-
-    def is_layer(module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
-        return weight is not None and weight.dim() > 1
-
-    layers = select_modules(objective.network, include, exclude, where=is_layer)
+    layers = select_modules(objective.network, include, exclude, where=is_weight_layer)
     named = {f"{name}.weight" if name else "weight": name for name in layers}
     found = {weight: name for weight, name in named.items() if weight in objective.parameters}
     if not found:
@@ -43,6 +38,17 @@ def weight_layers(objective: Objective, include: Iterable[str] = (), exclude: It
             "weight takes a gradient."
         )
     return found
+
+
+def is_weight_layer(module: nn.Module) -> bool:
+    """Tell whether a module has a weight of two or more axes, as convolutions and linear layers have.
+
+    Example:
+        >>> is_weight_layer(nn.Linear(2, 2)), is_weight_layer(nn.BatchNorm1d(2))
+        (True, False)
+    """
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() > 1
 
 
 @contextmanager
