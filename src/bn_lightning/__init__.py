@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bn_lightning.auditing import apply_fixes, audit_batch_norm
-    from bn_lightning.folding import fold_batch_norm, plan_fold
+    from bn_lightning.folding import fold_batch_norm, inspect_batch_norm, plan_fold
     from bn_lightning.layers import (
         AdaptiveBatchNorm,
         BatchNormVariant,
@@ -57,6 +57,7 @@ _HOMES = {
     "batch_norm_layer": "layers",
     "convert_batch_norm": "layers",
     "fold_batch_norm": "folding",
+    "inspect_batch_norm": "folding",
     "merge_statistics": "layers",
     "observe_activations": "monitoring",
     "paused_statistics": "layers",
@@ -89,6 +90,7 @@ __all__ = [
     "batch_norm_layer",
     "convert_batch_norm",
     "fold_batch_norm",
+    "inspect_batch_norm",
     "merge_statistics",
     "observe_activations",
     "paused_statistics",

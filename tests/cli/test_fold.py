@@ -163,6 +163,18 @@ def test_random_weights_are_said_to_be_random(capsys):
     assert json.loads(printed.out)["folded"] > 0
 
 
+def test_what_is_odd_about_the_weights_is_one_line_each(tmp_path, capsys):
+    pytest.importorskip("timm")
+    torch.save(dict(load_zoo_model("timm:test_resnet").named_parameters()), tmp_path / "weights.pt")
+    main(
+        ["fold", "timm:test_resnet", "--checkpoint", str(tmp_path / "weights.pt"), "--input_size", "3,32,32", "--json"]
+    )
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("bn-lightning: 'timm:test_resnet': the file has no running statistics for all 15 BatchNorm")
+    assert json.loads(printed.out)["folded"] > 0
+
+
 @pytest.fixture
 def randomized():
     """Give every BN statistics that are not the neutral ones, and evaluation mode."""

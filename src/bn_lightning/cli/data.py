@@ -60,6 +60,8 @@ class _Transferred:
 
     def __init__(self, loader: Iterable[Any], data: Any, network: nn.Module) -> None:
         self.loader = loader
+        # What tells a shuffled loader.
+        self.sampler, self.batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
         self.hooks = [
             getattr(owner, name)
             for name in ("on_before_batch_transfer", "on_after_batch_transfer")

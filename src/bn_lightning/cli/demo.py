@@ -29,10 +29,9 @@ __all__ = ["demo"]
 def demo(output: str = "runs/demo", epochs: int = 15, seed: int = 0) -> None:
     """Train a residual network on handwritten digits with every callback, and show what they found.
 
-    For example: bn-lightning demo --epochs 8 --output runs/short
-
     Args:
-        output: Folder for the TensorBoard log and the heat map.
+        output: Folder for the TensorBoard log and the heat map. For example:
+            bn-lightning demo --epochs 8 --output runs/short
         epochs: Passes over the 1,257 training images.
         seed: Of the weights and of the order of the images.
     """

@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from importlib import import_module
 from typing import Any
 
 from jsonargparse import ArgumentParser, auto_cli
@@ -11,6 +12,8 @@ from bn_lightning.errors import BatchNormError, first_line
 
 __all__ = ["main"]
 
+COMMANDS = ("demo", "inspect", "audit", "recalibrate", "convert", "fold", "zoo")
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run ``bn-lightning`` with the given arguments, or those of the process.
@@ -18,15 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: With status 1 and one sentence if something the user can mend is wrong.
     """
-    # Here, so that importing this room brings in neither Lightning nor torchmetrics.
-    from bn_lightning.cli.audit import audit
-    from bn_lightning.cli.demo import demo
-    from bn_lightning.cli.fold import fold
-
     try:
-        auto_cli(
-            {"audit": audit, "demo": demo, "fold": fold}, args=arguments, prog="bn-lightning", parser_class=_Parser
-        )
+        auto_cli(_commands(arguments), args=arguments, prog="bn-lightning", parser_class=_Parser)
     except BatchNormError as error:
         sys.exit(f"bn-lightning: {error}")
     except KeyboardInterrupt:
@@ -37,6 +33,13 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:  # of the user's own code, which runs here
         place = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(f"bn-lightning: {first_line(error).rstrip('.')} (in line {place.lineno} of {place.filename})")
+
+
+def _commands(arguments: list[str] | None) -> dict[str, Any]:
+    """Import the command that is meant, or for ``--help`` all of them: each brings in only what it needs."""
+    given = sys.argv[1:] if arguments is None else arguments
+    meant = given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS
+    return {name: getattr(import_module(f"bn_lightning.cli.{name}"), name) for name in meant}
 
 
 class _Parser(ArgumentParser):

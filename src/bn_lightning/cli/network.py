@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,14 @@ from torch import nn
 
 from bn_lightning.errors import BatchNormError, first_line
 from bn_lightning.preservation import preserved
-from bn_lightning.zoo import default_input_size, find_callable, is_zoo_name, load_zoo_model, read_checkpoint
+from bn_lightning.zoo import (
+    WeightsWarning,
+    default_input_size,
+    find_callable,
+    is_zoo_name,
+    load_zoo_model,
+    read_checkpoint,
+)
 
 __all__ = ["importable_here", "inputs_for", "name_patterns", "open_network"]
 
@@ -53,7 +61,8 @@ def open_network(
                     "--pretrained and --num_classes."
                 )
             return _from_lightning(kind, checkpoint).eval()
-    network = load_zoo_model(model, pretrained=pretrained, checkpoint=checkpoint, num_classes=num_classes).eval()
+    with _odd_weights_told():
+        network = load_zoo_model(model, pretrained=pretrained, checkpoint=checkpoint, num_classes=num_classes).eval()
     if is_zoo_name(model) and checkpoint is None and not pretrained:
         print(
             "bn-lightning: the weights are random; --checkpoint or --pretrained brings trained ones.", file=sys.stderr
@@ -102,6 +111,19 @@ def inputs_for(network: nn.Module, input_size: str | None = None) -> Any:
             "--input_size gives another size."
         ) from error
     return inputs
+
+
+@contextmanager
+def _odd_weights_told() -> Iterator[None]:
+    """Print what is odd about weights to standard error, without the place in the library that warnings point at."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", WeightsWarning)
+        yield
+    for each in told:
+        if issubclass(each.category, WeightsWarning):
+            print(f"bn-lightning: {each.message}", file=sys.stderr)
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _parsed(input_size: str) -> tuple[int, ...]:

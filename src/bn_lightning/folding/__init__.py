@@ -2,7 +2,18 @@
 
 from bn_lightning.folding.agreement import Agreement
 from bn_lightning.folding.fold import FoldResult, fold_batch_norm
+from bn_lightning.folding.inspection import BatchNormInspection, inspect_batch_norm
 from bn_lightning.folding.plan import plan_fold
 from bn_lightning.folding.report import FoldPlan, FoldReport, FoldRow
 
-__all__ = ["Agreement", "FoldPlan", "FoldReport", "FoldResult", "FoldRow", "fold_batch_norm", "plan_fold"]
+__all__ = [
+    "Agreement",
+    "BatchNormInspection",
+    "FoldPlan",
+    "FoldReport",
+    "FoldResult",
+    "FoldRow",
+    "fold_batch_norm",
+    "inspect_batch_norm",
+    "plan_fold",
+]

@@ -8,6 +8,7 @@ from bn_lightning.folding.agreement import Agreement
 from bn_lightning.folding.reasons import REASONS
 from bn_lightning.folding.steps import FoldStep
 from bn_lightning.reports.table import Cell, Table
+from bn_lightning.reports.tabled import Tabled
 
 __all__ = ["FoldPlan", "FoldReport", "FoldRow"]
 
@@ -48,7 +49,7 @@ class FoldRow:
 
 
 @dataclass(frozen=True, slots=True)
-class FoldPlan:
+class FoldPlan(Tabled):
     """What `fold_batch_norm` would do.
 
     Attributes:
@@ -68,15 +69,9 @@ class FoldPlan:
         """Return plain values that go into JSON."""
         return {"rows": [_plain(row) for row in self.rows], "blind_spots": list(self.blind_spots)}
 
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
-
 
 @dataclass(frozen=True, slots=True)
-class FoldReport:
+class FoldReport(Tabled):
     """What was folded and how well it was verified.
 
     Errors are max|Δ| / max|y|, the largest over all floating-point outputs of all example calls.
@@ -128,12 +123,6 @@ class FoldReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that go into JSON."""
         return {**asdict(self), "rows": [_plain(row) for row in self.rows]}
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def _share(rows: Sequence[FoldRow]) -> str:
