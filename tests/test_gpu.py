@@ -1,5 +1,8 @@
 """What only a CUDA device can show; skipped without one."""
 
+import warnings
+from contextlib import contextmanager, nullcontext
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -19,6 +22,25 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*determinis.*"),
 ]
 SMALL = {"widths": (8, 16), "blocks": 1}
+
+
+@contextmanager
+def no_waiting():
+    """An error where the host waits for the device."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_waiting_for_the_device_is_an_error_in_this_file():
+    x = torch.zeros(1, device="cuda")
+    with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
+        x.item()
+    x.item()
 
 
 def randomized():
@@ -50,16 +72,13 @@ def test_a_sampled_step_and_its_flush_do_not_wait_for_the_device():
     running.end(0)
     watch.flush()
     running.read()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         running.begin()
         for _ in range(2):  # the second call merges
             model(x).sum().backward()
         running.end(1)
         finish = watch.start_flush(gradient_scale=scale)
         finish_running = running.start_reading()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     on_device, updates = finish(), finish_running().rows[0].updates
     assert updates == 2
     watch.remove()
@@ -147,13 +166,13 @@ def test_variants_do_what_they_do_on_the_cpu_without_waiting_for_the_device(name
         layer = VARIANTS[name](4)
         layer.running_mean.copy_(torch.arange(4) / 4)
         nn.init.constant_(layer.num_batches_tracked, 30_000)
-        layer, one = layer.to(device), x.to(device).requires_grad_()
-        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
-        try:
-            y = layer(one)
-            y.backward(grad.to(device))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        layer, one, back = layer.to(device), x.detach().to(device).requires_grad_(), grad.to(device)
+        for warm in (False, True):  # the first backward pass on a device makes handles, and waits
+            one.grad = None
+            layer.zero_grad()
+            with no_waiting() if device == "cuda" and warm else nullcontext():
+                y = layer(one)
+                y.backward(back)
         results.append(
             [t.cpu() for t in (y.detach(), one.grad, *(p.grad for p in layer.parameters()), *layer.buffers())]
         )

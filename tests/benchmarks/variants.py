@@ -1,5 +1,9 @@
-"""What each variant costs beside torch's own BatchNorm, in one run. Usage: python tests/benchmarks/variants.py"""
+"""What each variant costs beside torch's own BatchNorm, in one run.
 
+python tests/benchmarks/variants.py [--device cuda]; without it every device there is, and two processes
+"""
+
+import argparse
 import gc
 import tempfile
 import time
@@ -169,11 +173,15 @@ def processes(world=2):
 
 
 def main():
-    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    only = parser.parse_args().device
+    for device in [only] if only else ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         times(device)
         evaluation(device)
         memory(device)
-    processes()
+    if only != "cuda":
+        processes()
 
 
 if __name__ == "__main__":

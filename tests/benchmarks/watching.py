@@ -1,6 +1,6 @@
 """What watching costs: one training step with every layer watched, against the bare step, beside how others do it.
 
-    python tests/benchmarks/watching.py [--rounds 15] [--threads 2]
+    python tests/benchmarks/watching.py [--rounds 15] [--threads 2] [--device cpu] [--batch 32] [--size 96] [--no-peers]
 
 Every round times the bare step and each way of watching once, in turn, and what is printed is the median over rounds
 of the ratio within a round, so that a machine whose speed drifts does not favour one of them. The fused pass compiles
@@ -135,11 +135,18 @@ class Running:
         self.watch.begin()
 
 
-def seconds(step, ways, flush=lambda: None):
+def finished(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(step, ways, flush, device):
     with ways:
+        finished(device)
         started = time.perf_counter()
         step()
         flush()
+        finished(device)
         return time.perf_counter() - started
 
 
@@ -181,12 +188,17 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments.add_argument("--batch", type=int, default=32)
+    arguments.add_argument("--size", type=int, default=96)
+    arguments.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model = resnet18()
+    model = resnet18().to(options.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    x, target = torch.randn(32, 3, 96, 96), torch.randint(10, (32,))
+    x = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
+    target = torch.randint(10, (options.batch,), device=options.device)
 
     def step():
         optimizer.zero_grad()
@@ -208,22 +220,25 @@ def main():
         "ActivationWatch, between samples": (Watched(model, sampling=False), lambda: None),
         "RunningStatisticsWatch at every step": (Bare(), Running(model, 50).flush),
         "the same, read at every step": (Bare(), Running(model, 1).flush),
+    }
+    peers = {
         "three reductions of the whole tensor": (Hooked(model, three_reductions), lambda: None),
         "like Hugging Face (min and max only)": (Hooked(model, hugging_face), lambda: None),
         "like fastai": (Hooked(model, fastai), lambda: None),
         "like Composer": (Hooked(model, composer), lambda: None),
         "like lightning-bolts": (Hooked(model, Bolts(os.path.join(caches.name, "bolts"))), lambda: None),
     }
+    ways |= peers if options.peers else {}
     times = {name: [] for name in ways}
     for turn in range(options.rounds + 2):
         for name, (way, flush) in ways.items():
-            taken = seconds(step, way, flush)
+            taken = seconds(step, way, flush, options.device)
             if turn >= 2:
                 times[name].append(taken)
     bare = times["bare step"]
-    print(
-        f"ResNet-18, 32×3×96×96, CPU, {options.threads} threads, torch {torch.__version__}, {options.rounds} rounds\n"
-    )
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} threads"
+    shape = "×".join(map(str, x.shape))
+    print(f"ResNet-18, {shape}, {where}, torch {torch.__version__}, {options.rounds} rounds\n")
     print(f"{'':40s} {'ms':>7s}  of the bare step")
     for name, taken in times.items():
         ratio = statistics.median(one / other for one, other in zip(taken, bare, strict=True))
