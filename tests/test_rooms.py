@@ -24,7 +24,7 @@ RANK = {
     "monitoring": 2,
     "recalibration": 2,
     "networks": 2,
-    "zoo": 2,
+    "zoo": 3,
     "auditing": 3,
     "probes": 3,
     "modules": 4,
