@@ -106,25 +106,6 @@ def test_what_was_begun_and_not_ended_does_not_count():
     history = watch.history()
     assert history.batches == 4
     assert history.layers["first"].forward_updates == 1.0
-    assert history.layers["first"].between_updates == 0
-
-
-def test_passes_between_batches_are_counted_but_for_those_of_validation():
-    net = Net()
-    watch = TrainingWatch(layers_of(net))
-    train(watch, net, range(2))
-    net(data(2)), net(data(3))
-    watch.begin_validation()
-    watch.begin_validation_batch()
-    net(data(4))
-    watch.end_validation()
-    train(watch, net, range(5, 7))
-    for layer in net.modules():  # as torch's update_bn sets counters back
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.zero_()
-    train(watch, net, range(7, 9))
-    seen = watch.history().layers["first"]
-    assert (seen.between_updates, seen.validation_updates, seen.forward_updates) == (2, 1, 1.0)
 
 
 def test_runs_of_a_closure_are_not_extra_updates():
@@ -197,3 +178,36 @@ def test_a_network_without_counters_is_watched_for_its_modes():
     watch.begin_batch()
     watch.end_batch()
     assert watch.history().layers["0"].training_share == 1.0
+
+
+def test_updates_between_batches_are_counted_and_those_of_validation_are_not():
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    watch = TrainingWatch(layers_of(net))
+    net(data(0))  # before the first batch, such as a sanity check
+    train(watch, Plain(net), range(2))
+    net(data(1))
+    net(data(2))
+    watch.begin_validation()
+    net(data(3))
+    watch.end_validation()
+    net(data(4))
+    train(watch, Plain(net), range(2))
+    net(data(5))
+    watch.end_training()
+    net(data(6))
+    watch.end_training()
+    seen = watch.history().layers["0"]
+    assert (seen.forward_updates, seen.validation_updates, seen.between_updates) == (1.0, 1, 4)
+
+
+def test_counters_that_are_set_back_or_belong_to_a_new_layer_are_no_updates_between_batches():
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    watch = TrainingWatch(layers_of(net))
+    train(watch, Plain(net), range(3))
+    net[0].reset_running_stats()
+    train(watch, Plain(net), range(1))
+    net[0] = nn.BatchNorm1d(3)
+    net[0].num_batches_tracked.fill_(1000)
+    watch.follow(layers_of(net))
+    train(watch, Plain(net), range(1))
+    assert watch.history().layers["0"].between_updates == 0

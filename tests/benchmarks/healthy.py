@@ -1,5 +1,6 @@
 """Healthy networks for audit_rules.py: zoo networks with consistent statistics, and trainings on real digits."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -72,6 +73,116 @@ def frozen_with_statistics() -> nn.Module:
 WHOLLY_FROZEN = Training("residual, first stages frozen with their statistics", frozen_with_statistics, sgd)
 
 
+class ByHand(pl.LightningModule):
+    """A perceptron on the digits that takes its own optimizer steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+    def learn(self, loss: Tensor, place: int = 0) -> None:
+        optimizers = self.optimizers()
+        optimizer = optimizers[place] if isinstance(optimizers, list) else optimizers
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+class Siamese(ByHand):
+    """Two views of each picture through one encoder, both with gradient."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        images, labels = batch
+        first, second = (self(images + 0.1 * torch.randn_like(images)) for _ in range(2))
+        loss = nn.functional.cross_entropy(first, labels) + nn.functional.mse_loss(first, second)
+        if self.automatic_optimization:
+            return loss
+        self.learn(loss)
+        return None
+
+
+class Taught(ByHand):
+    """A teacher that averages the student and runs without gradient, in training mode, as BYOL's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = True
+        self.teacher = copy.deepcopy(self.network).requires_grad_(False)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        with torch.no_grad():
+            target = self.teacher(images + 0.1 * torch.randn_like(images))
+        logits = self(images)
+        return nn.functional.cross_entropy(logits, labels) + nn.functional.mse_loss(logits, target)
+
+    def on_train_batch_end(self, outputs: object, batch: list[Tensor], batch_idx: int) -> None:
+        for teacher, student in zip(self.teacher.parameters(), self.network.parameters(), strict=True):
+            teacher.data.lerp_(student.data, 0.1)
+
+
+class Adversarial(ByHand):
+    """A GAN whose generator runs twice a batch, for the critic and for itself; the critic has no BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64))
+        self.critic = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(torch.randn(len(images), 8))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        images, _ = batch
+        true, false = self.critic(images), self.critic(self(images).detach())
+        self.learn(nn.functional.softplus(-true).mean() + nn.functional.softplus(false).mean(), 1)
+        self.learn(nn.functional.softplus(-self.critic(self(images))).mean())
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters(), lr=1e-4) for part in (self.network, self.critic)]
+
+
+def automatic_siamese() -> Siamese:
+    module = Siamese()
+    module.automatic_optimization = True
+    return module
+
+
+# Several forward passes a batch that are all meant.
+SEVERAL_PASSES: dict[str, tuple[Callable[[], ByHand], list[str] | None]] = {
+    "siamese, by hand": (Siamese, None),
+    "siamese, without a loss reading": (automatic_siamese, ["static", "passive"]),
+    "GAN, by hand": (Adversarial, None),
+    "teacher that averages": (Taught, None),
+}
+
+
+def audit_module(build: Callable[[], ByHand], stages: list[str] | None) -> AuditReport | None:
+    """Train under the Trainer with the audit, in the stages that are asked for."""
+    torch.manual_seed(0)
+    audit, data = BatchNormAudit(stages=stages), DigitsDataModule()
+    pl.Trainer(
+        accelerator="cpu",
+        max_epochs=12,
+        callbacks=[audit],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(build(), data)
+    return audit.report
+
+
 @dataclass(frozen=True)
 class Subject:
     """A healthy network and the way to its report; ``None`` if it turned out not to be healthy."""
@@ -90,6 +201,8 @@ def subjects(seeds: int = 1) -> Iterator[Subject]:
         for seed in range(seeds):
             name = f"{training.name}, seed {seed}" if seed else training.name
             yield Subject(name, lambda training=training, seed=seed: audit_training(training, seed))
+    for name, (build, stages) in SEVERAL_PASSES.items():
+        yield Subject(name, lambda build=build, stages=stages: audit_module(build, stages))
 
 
 def pictures(size: int, number: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from bn_lightning.auditing import audit_batch_norm
-from bn_lightning.callbacks import BatchNormAudit
+from bn_lightning.callbacks import BatchNormAudit, RecalibrateBatchNorm
 
 
 class Noisy(Dataset):
@@ -252,6 +252,27 @@ def test_steps_of_every_signature(make):
     callback = BatchNormAudit()
     fit(make(), callback, max_epochs=1)
     assert callback.report.losses.batches == (1 if make is Skipping else 2)
+
+
+@pytest.mark.parametrize("collect", [lambda inner: [inner], lambda inner: {"a": inner}], ids=["list", "dict"])
+@pytest.mark.parametrize("stages", [None, ["static", "passive", "active"]])
+def test_a_loader_in_a_collection_gives_batches_in_the_same(collect, stages):
+    """The Trainer wraps the batches of ``[loader]`` for training_step, and those of validation not."""
+
+    class Collected(Busy):
+        def training_step(self, batch, batch_idx):
+            assert type(batch) is type(collect(0))
+            (inner,) = batch if isinstance(batch, list) else batch.values()
+            return super().training_step(inner, batch_idx)
+
+    recalibrate, callback = RecalibrateBatchNorm(when="end"), BatchNormAudit(stages=stages)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="the BatchNorm audit|RecalibrateBatchNorm")
+        trainer(recalibrate, callback, max_epochs=1).fit(Collected(), collect(loader()), loader(16, shuffle=False))
+    assert callback.report.layers[0].gap is not None
+    assert callback.report.losses.batches == 2
+    assert recalibrate.result is not None
 
 
 def test_a_module_of_dicts_without_forward():

@@ -249,6 +249,7 @@ def test_an_interrupt_leaves_the_training_its_statistics():
     [
         pytest.param({"when": "always"}, Lit, "one of 'validation', 'end', got 'always'", id="when"),
         pytest.param({"max_batches": 0}, Lit, "positive whole number, got 0", id="max_batches"),
+        pytest.param({"tolerance": "x"}, Lit, "standard error in σ.*got .x.", id="tolerance"),
         pytest.param({"include": ["nett.*"]}, Lit, r"'nett\.\*' matches none", id="pattern"),
         pytest.param({}, partial(Lit, nn.GroupNorm), "has no BatchNorm layer", id="no-bn"),
     ],

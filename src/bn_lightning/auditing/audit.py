@@ -19,7 +19,7 @@ from bn_lightning.auditing.report import AuditReport
 from bn_lightning.auditing.rows import NotLooked, gap_row
 from bn_lightning.auditing.rules import RULES
 from bn_lightning.auditing.rules.rule import SOURCES, Rule
-from bn_lightning.auditing.training import TrainingSettings
+from bn_lightning.auditing.training import TrainingSettings, batch_sizes
 from bn_lightning.auditing.weights import weight_checksums
 from bn_lightning.errors import AuditError, BatchNormError, RecalibrationError
 from bn_lightning.layers.merge import statistics_spread
@@ -107,7 +107,7 @@ def audit_batch_norm(
 
         >>> import torch
         >>> model = nn.Sequential(nn.BatchNorm1d(2, affine=False))
-        >>> _ = model[0].running_mean.fill_(3.0), model[0].num_batches_tracked.fill_(100)
+        >>> _ = model[0].running_mean.fill_(3.0), model[0].running_var.fill_(1.01)
         >>> x = torch.randn(8, 64, 2, generator=torch.Generator().manual_seed(0))
         >>> report = audit_batch_norm(model, [(each, each) for each in x], loss=nn.functional.mse_loss)
         >>> stale = report.losses.difference("stale statistics")
@@ -157,6 +157,7 @@ def audit_batch_norm(
             evaluation=measured.evaluation,
             seen=observers.read(layers, measured.population, measured.evaluation),
             single_values=measured.single_values,
+            last_batch=batch_sizes(train_batches)[1] if training is None else training.last_batch,
             processes=count_processes(),
             spread=spread,
         )

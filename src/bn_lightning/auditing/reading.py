@@ -56,6 +56,7 @@ class AuditReading:
         evaluation: What each layer's input is over the evaluation batches; empty without them.
         seen: What was seen of the data beside population statistics.
         single_values: Of batches that give a layer one value per channel, which were left out.
+        last_batch: Examples in the last training batch of an epoch, be it looked at or not, or ``None``.
         processes: How many processes audit together.
         spread: How far one process's running statistics are from those of all, as in `LayerHistory`, at present.
     """
@@ -70,6 +71,7 @@ class AuditReading:
     evaluation: Mapping[str, LayerPopulation] = field(default_factory=dict)
     seen: Observations = field(default_factory=Observations)
     single_values: tuple[SingleValueError, ...] = ()
+    last_batch: int | None = None
     processes: int = 1
     spread: Mapping[str, float] = field(default_factory=dict)
 

@@ -1,8 +1,11 @@
 """How a training is set up, as far as BatchNorm cares."""
 
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["TrainingSettings"]
+from torch.utils.data import BatchSampler
+
+__all__ = ["TrainingSettings", "batch_sizes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +40,34 @@ class TrainingSettings:
         if self.batch_size is None:
             return None
         return self.batch_size * self.accumulate_grad_batches * self.processes
+
+
+def batch_sizes(loader: Any, batches: float | None = None) -> tuple[int | None, int | None]:
+    """Tell the examples of a loader's batch and of an epoch's last one, of which nothing is drawn.
+
+    Args:
+        loader: What gives the batches; of anything but a ``DataLoader`` little is known.
+        batches: How many of them make an epoch, if not all.
+
+    Returns:
+        Both, each ``None`` where it is unknown.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> batch_sizes(DataLoader(range(33), 16)), batch_sizes(DataLoader(range(33), 16, drop_last=True))
+        ((16, 1), (16, 16))
+    """
+    sampled: Any = getattr(loader, "batch_sampler", None)
+    size = getattr(loader, "batch_size", None) or getattr(sampled, "batch_size", None)
+    if not isinstance(size, int):
+        return None, None  # the dataset makes batches, or a sampler of the user's
+    if type(sampled) is not BatchSampler:
+        return size, None
+    sampler: Any = sampled.sampler
+    try:
+        whole, rest = divmod(len(sampler), size)
+    except TypeError:  # a stream
+        return size, None
+    if sampled.drop_last or not rest or (batches is not None and batches <= whole):
+        return (size, size) if whole else (None, None)
+    return (size if whole else rest), rest

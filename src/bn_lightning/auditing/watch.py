@@ -11,12 +11,12 @@ from bn_lightning.layers.merge import statistics_spread
 __all__ = ["TrainingWatch"]
 
 # Places of the counters that are remembered, and of what they add up to.
-_BATCH, _BACKWARD, _VALIDATION, _ENDED, _NOW = range(5)
+_BATCH, _BACKWARD, _VALIDATION, _NOW = range(4)
 _IN_ALL, _IN_BACKWARD, _IN_VALIDATION, _BETWEEN = range(4)
 
 
 class TrainingWatch:
-    """Counts how often running statistics are moved: forward, backward, in validation and between. There is no hook.
+    """Counts how often running statistics are moved: forward, backward, between and in validation. No hook.
 
     ``num_batches_tracked`` of all layers is copied on the device in one operation, and leaves it when `history` is
     asked for. Whoever trains calls the methods at the moments of their names; `BatchNormAudit` does under a Trainer.
@@ -45,18 +45,21 @@ class TrainingWatch:
         counters = [each.num_batches_tracked for each in layers.values() if each.num_batches_tracked is not None]
         device = counters[0].device if counters else torch.device("cpu")
         self._nothing = torch.zeros((), dtype=torch.int64, device=device)
-        self._at = torch.zeros(5, len(self._layers), dtype=torch.int64, device=device)
+        self._at = torch.zeros(4, len(self._layers), dtype=torch.int64, device=device)
         self._views = [list(row.unbind()) for row in self._at]
         self._moved = torch.zeros(4, len(self._layers), dtype=torch.int64, device=device)
         self._batches = self._runs = self._backward_passes = 0
         self._began: list[str] = []
-        self._ended = False
+        self._is_between = False  # training batches, and the last counters are those of the latest end
         self._training = dict.fromkeys(self._layers, 0)
         self._validated: set[str] = set()
         self._spread: dict[str, float] = {}
+        self._held: dict[str, torch.Tensor] = {}  # γ that needs no gradient, before the first batch
 
     def follow(self, layers: Mapping[str, _BatchNorm]) -> None:
         """Go on with what stands at the same names by now; a name without a layer is seen no more."""
+        if any(layers.get(name) is not layer for name, layer in self._layers.items()):
+            self._is_between = False  # a new layer's counter begins anywhere
         self._layers = {name: layers[name] for name in self._layers if name in layers}
         places = [place for place, name in enumerate(self._training) if name in self._layers]
         self._views = [[row.unbind()[place] for place in places] for row in self._at]
@@ -64,10 +67,14 @@ class TrainingWatch:
     def begin_batch(self) -> None:
         """Remember the counters, and which layers are in training mode, before a training batch."""
         self._copy(_BATCH)
-        if self._ended:
-            # Counters that were set back, as torch's update_bn does, are no passes.
-            self._moved[_BETWEEN].add_(self._at[_BATCH].sub(self._at[_ENDED]).clamp_(min=0))
-        self._ended = False
+        self._count_between(_BATCH)
+        self._is_between = False
+        if not self._batches:
+            self._held = {
+                name: layer.weight.detach().clone()
+                for name, layer in self._layers.items()
+                if layer.weight is not None and not layer.weight.requires_grad
+            }
         self._began = [name for name, layer in self._layers.items() if layer.training]
 
     def before_backward(self) -> None:
@@ -86,8 +93,7 @@ class TrainingWatch:
             runs: How often the whole step was run on it, as an optimizer with a closure (LBFGS) may do.
         """
         self._count(_IN_ALL, _BATCH)
-        self._at[_ENDED].copy_(self._at[_NOW])
-        self._ended = True
+        self._is_between = True
         self._batches += 1
         self._runs += runs
         for name in self._began:
@@ -96,6 +102,7 @@ class TrainingWatch:
     def begin_validation(self) -> None:
         """Remember the counters before validation."""
         self._copy(_VALIDATION)
+        self._count_between(_VALIDATION)
 
     def begin_validation_batch(self) -> None:
         """Note which layers are in training mode."""
@@ -104,7 +111,12 @@ class TrainingWatch:
     def end_validation(self) -> None:
         """Count what validation moved."""
         self._count(_IN_VALIDATION, _VALIDATION)
-        self._at[_ENDED].add_(self._at[_NOW]).sub_(self._at[_VALIDATION])
+
+    def end_training(self) -> None:
+        """Count what moved since the last training batch or validation."""
+        self._copy(_BATCH)
+        self._count_between(_BATCH)
+        self._is_between = False
 
     def look_across_processes(self) -> None:
         """Compare the processes' running statistics, before any of them is overwritten by another's.
@@ -122,14 +134,21 @@ class TrainingWatch:
             layers[name] = LayerHistory(
                 forward_updates=None if reason else (in_all - backward) / self._runs,
                 backward_updates=None if reason else backward / self._runs,
-                validation_updates=validation,
                 between_updates=between,
+                validation_updates=validation,
                 training_share=self._training[name] / batches if batches else None,
                 validated_in_training_mode=name in self._validated,
                 spread=self._spread.get(name),
+                averaged=self._is_averaged(name),
                 reason=reason,
             )
         return TrainingHistory(batches, layers)
+
+    def _is_averaged(self, name: str) -> bool:
+        layer, held = self._layers.get(name), self._held.get(name)
+        if layer is None or held is None or layer.weight is None or layer.weight.requires_grad:
+            return False
+        return not torch.equal(layer.weight.detach(), held.to(layer.weight))
 
     def _reason(self, name: str) -> str | None:
         layer = self._layers.get(name)
@@ -153,3 +172,8 @@ class TrainingWatch:
     def _count(self, total: int, since: int) -> None:
         self._copy(_NOW)
         self._moved[total].add_(self._at[_NOW]).sub_(self._at[since])
+
+    def _count_between(self, until: int) -> None:
+        # Statistics that are reset or averaged set counters back, which are no updates.
+        if self._is_between:
+            self._moved[_BETWEEN].add_((self._at[until] - self._at[_NOW]).clamp_(min=0))

@@ -12,7 +12,7 @@ from typing_extensions import override
 from bn_lightning.auditing import SEVERITIES, AuditReport, TrainingSettings, TrainingWatch
 from bn_lightning.callbacks.audit_stages import STAGES, StagedAudit
 from bn_lightning.callbacks.base import BatchNormCallback
-from bn_lightning.callbacks.batches import input_of
+from bn_lightning.callbacks.batches import input_of, of_the_loader
 from bn_lightning.callbacks.dataloaders import rebuilt_train_loader
 from bn_lightning.callbacks.publishing import log_figure, log_scalars, log_text
 from bn_lightning.callbacks.training_settings import training_settings
@@ -129,7 +129,7 @@ class BatchNormAudit(BatchNormCallback):
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self._example is None and (x := input_of(batch)) is not None:
+        if self._example is None and (x := input_of(of_the_loader(trainer.train_dataloader, batch))) is not None:
             self._example = x[:2].detach().clone()
         if self._watch is not None:
             if batch_idx == 0:  # other callbacks replace layers when an epoch starts
@@ -184,6 +184,11 @@ class BatchNormAudit(BatchNormCallback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self._watch is not None and not trainer.sanity_checking:
             self._watch.end_validation()
+
+    @override
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._watch is not None:
+            self._watch.end_training()
 
     @override
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from bn_lightning.auditing.exchange import from_everyone
-from bn_lightning.callbacks.batches import input_of
+from bn_lightning.callbacks.batches import as_collected, input_of, of_the_loader
 from bn_lightning.callbacks.dataloaders import rebuilt_train_loader, rebuilt_val_loader
 from bn_lightning.callbacks.training_data import as_the_network_gets_it, count_batches
 from bn_lightning.errors import AuditError, BatchNormError
@@ -59,7 +59,7 @@ class AuditData:
         Raises:
             AuditError: If that is no tensor.
         """
-        x = input_of(batch)
+        x = input_of(of_the_loader(self._trainer.train_dataloader, batch))
         if x is None:
             raise AuditError(
                 f"expected training batches that are a tensor or an (input, target, …) tuple, got a "
@@ -90,7 +90,7 @@ class AuditData:
 
     def _moved(self, loader: Any) -> Iterator[Any]:
         for index, batch in enumerate(loader):
-            moved = as_the_network_gets_it(self._trainer, batch)
+            moved = as_the_network_gets_it(self._trainer, as_collected(self._trainer.train_dataloader, batch))
             first = next(_tensors(moved), None)
             if first is not None:
                 self._places[first] = index

@@ -22,7 +22,7 @@ from bn_lightning.errors import BatchNormError, RecalibrationError
 from bn_lightning.internals import averaged_networks
 from bn_lightning.preservation import on_device
 from bn_lightning.recalibration import RecalibrationResult, recalibrate_batch_norm
-from bn_lightning.recalibration.random_draw import AUTO, tolerance_for
+from bn_lightning.recalibration.random_draw import AUTO, checked_tolerance, tolerance_for
 from bn_lightning.selection import as_patterns, named_batch_norms, require_batch_norms
 
 __all__ = ["RecalibrateBatchNorm"]
@@ -94,6 +94,7 @@ class RecalibrateBatchNorm(BatchNormCallback):
             raise RecalibrationError(f"when must be one of {', '.join(map(repr, _WHEN))}, got {when!r}.")
         if max_batches < 1:
             raise RecalibrationError(f"max_batches must be a positive whole number, got {max_batches!r}.")
+        checked_tolerance(tolerance_for(None, tolerance))
         self.when = when
         self.max_batches = max_batches
         self.include = as_patterns(include, "include")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bn_lightning.callbacks.batches import input_of
+from bn_lightning.callbacks.batches import as_collected, input_of, of_the_loader
 from bn_lightning.callbacks.dataloaders import rebuilt_train_loader
 from bn_lightning.errors import BatchNormError
 from bn_lightning.internals import before_batch_transfer
@@ -32,8 +32,9 @@ def training_inputs(trainer: Any, *, instead: str) -> Iterator[Tensor]:
     Raises:
         BatchNormError: If the loader cannot be rebuilt, or a batch is neither a tensor nor begins with one.
     """
+    given = trainer.train_dataloader
     for batch in rebuilt_train_loader(trainer):
-        moved = as_the_network_gets_it(trainer, batch)
+        moved = of_the_loader(given, as_the_network_gets_it(trainer, as_collected(given, batch)))
         x = input_of(moved)
         if x is None:
             raise BatchNormError(

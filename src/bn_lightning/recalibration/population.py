@@ -15,6 +15,7 @@ from bn_lightning.layers.frozen import FrozenBatchNorm
 from bn_lightning.layers.processes import count_processes
 from bn_lightning.recalibration.batches import Forward, checked_batches
 from bn_lightning.recalibration.measuring import EarlyStop, LocalPass, Tally, measure_locally
+from bn_lightning.recalibration.random_draw import checked_tolerance
 from bn_lightning.recalibration.replicas import merge_passes
 from bn_lightning.selection import describe, require_batch_norms, unwrap
 
@@ -164,7 +165,7 @@ def measure_population(
         batches = checked_batches(batches, max_batches)
         frozen = _frozen(model, layers)
         judged = {n: layer.eps for n, layer in layers.items() if n not in frozen and unlike_population(layer) is None}
-        stop = EarlyStop(_checked_tolerance(tolerance), judged)
+        stop = EarlyStop(checked_tolerance(tolerance), judged)
         done = measure_locally(
             model, layers, frozen, batches, max_batches, forward, stop, on_single_value, show_progress
         )
@@ -208,17 +209,6 @@ def _frozen(model: nn.Module, layers: Mapping[str, _BatchNorm]) -> set[str]:
             "the same."
         )
     return frozen
-
-
-def _checked_tolerance(tolerance: float | None) -> float:
-    if tolerance is None:
-        return 0.0
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0:
-        raise RecalibrationError(
-            f"tolerance is a standard error in σ, such as 0.01, or None to take all batches, or 'auto'; got "
-            f"{tolerance!r}."
-        )
-    return float(tolerance)
 
 
 def _standard_error(tally: Tally, eps: float) -> float | None:

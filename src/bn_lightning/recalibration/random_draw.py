@@ -5,7 +5,9 @@ from typing import Any
 from torch.utils.data import BatchSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["AUTO", "TOLERANCE", "draws_at_random", "tolerance_for"]
+from bn_lightning.errors import RecalibrationError
+
+__all__ = ["AUTO", "TOLERANCE", "checked_tolerance", "draws_at_random", "tolerance_for"]
 
 #: Stop at `TOLERANCE` where `draws_at_random`, else not at all.
 AUTO = "auto"
@@ -36,3 +38,19 @@ def tolerance_for(batches: Any, tolerance: Any) -> Any:
     if isinstance(tolerance, str) and tolerance == AUTO:
         return TOLERANCE if draws_at_random(batches) else None
     return tolerance
+
+
+def checked_tolerance(tolerance: float | None) -> float:
+    """Return a tolerance in σ, 0 for ``None``.
+
+    Raises:
+        RecalibrationError: If it is none.
+    """
+    if tolerance is None:
+        return 0.0
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise RecalibrationError(
+            f"tolerance is a standard error in σ, such as 0.01, or None to take all batches, or 'auto'; got "
+            f"{tolerance!r}."
+        )
+    return float(tolerance)

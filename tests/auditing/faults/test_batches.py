@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from auditing.faults.catalogue_batches import FAULTS, in_order, perceptron, sequence_network, sequences
 from auditing.faults.digits_training import digits, fit, network
 from torch import nn
+from torch.utils.data import DataLoader
 
 from bn_lightning import recalibrate_batch_norm
 from bn_lightning.auditing import TrainingSettings, audit_batch_norm
@@ -128,6 +129,30 @@ def test_a_variant_is_judged_by_the_group_it_normalizes(kind, options, processes
     found = {name: f.evidence["values_per_channel"] for name, f in of_rule(report, "small-batch").items()}
     expected = None if values is None else min(values, size * processes)
     assert found == ({"2": expected} if expected is not None and expected < 32 else {})
+
+
+@pytest.mark.parametrize(
+    ("examples", "options", "layers"),
+    [
+        pytest.param(641, {}, ["bn"], id="one-left-over"),
+        pytest.param(641, {"drop_last": True}, [], id="dropped"),
+        pytest.param(642, {}, [], id="two-left-over"),
+        pytest.param(640, {}, [], id="none-left-over"),
+    ],
+)
+def test_a_last_batch_of_one_behind_those_looked_at(examples, options, layers):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.maps, self.bn = nn.BatchNorm2d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.bn(self.maps(x).mean((2, 3)))
+
+    loader = DataLoader(torch.randn(examples, 3, 2, 2, generator=seeded()), 16, **options)
+    for example in ({}, {"forward": lambda model, batch: model(batch)}):
+        report = audit_batch_norm(Net(), loader, max_batches=4, **example)
+        assert list(of_rule(report, "single-value-batch")) == layers
 
 
 def test_a_last_batch_of_one_is_told_without_data():

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from auditing.faults import catalogue_forwards, catalogue_trainings, catalogues
+from auditing.faults import catalogue_forwards, catalogue_steps, catalogue_trainings, catalogues
 from auditing.faults.catalogues import every_fault
 
 from bn_lightning.auditing.rules import RULES
@@ -13,7 +13,11 @@ def test_every_rule_has_a_fault_and_all_of_them_count():
     faults = every_fault()
     assert list(dict.fromkeys(fault.slug for fault in faults)) == [rule.slug for rule in RULES]
     twice = {fault.catalogue: fault.audit for fault in faults if fault.slug == "extra-forward"}
-    assert twice == {"forwards": catalogue_forwards.extra_forward, "trainings": catalogue_trainings.extra_forward}
+    assert twice == {
+        "forwards": catalogue_forwards.extra_forward,
+        "steps": catalogue_steps.extra_forward,
+        "trainings": catalogue_trainings.extra_forward,
+    }
     assert {fault.catalogue for fault in faults} == {
         path.stem.removeprefix("catalogue_") for path in Path(__file__).parent.glob("catalogue_*.py")
     }

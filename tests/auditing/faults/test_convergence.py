@@ -51,7 +51,17 @@ def test_a_healthy_training_is_left_in_peace():
 
 @pytest.mark.parametrize(
     ("momentum", "meant"),
-    [(0.9, 0.1), (0.99, 0.01), (0.997, 0.003), (0.51, 0.49), (1.0, 0.1), (0.5, None), (0.1, None), (None, None)],
+    [
+        (0.9, 0.1),
+        (0.99, 0.01),
+        (0.997, 0.003),
+        (0.51, 0.49),
+        (1.0, 0.1),
+        (0.5, 0.1),
+        (0.49, None),
+        (0.1, None),
+        (None, None),
+    ],
     ids=str,
 )
 def test_the_other_convention_is_told_by_its_size_and_turned_round(momentum, meant):
@@ -83,6 +93,30 @@ def test_momentum_zero_is_worse_where_statistics_were_never_set(training, fresh,
     if not fresh:
         model[1].running_mean.fill_(0.3)
     assert of_rule(audit_batch_norm(model), "momentum-zero")["1"].severity == severity
+
+
+@pytest.mark.parametrize(("momentum", "found"), [(1e-9, True), (9e-5, True), (1e-4, False), (0.001, False)], ids=str)
+def test_a_momentum_that_is_all_but_zero(momentum, found):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=momentum))
+    told = of_rule(audit_batch_norm(model), "momentum-zero")
+    assert list(told) == (["1"] if found else [])
+    if found:
+        assert f"momentum={momentum:g} hardly moves" in told["1"].message
+
+
+@pytest.mark.parametrize(("offset", "severity"), [(0.5, "warning"), (50.0, "error")], ids=str)
+def test_the_momentum_is_told_before_the_gap_that_comes_of_it(offset, severity):
+    model, batches = network(momentum=0.9), digits(batch_size=8)
+    fit(model, batches, epochs=2, lr=0.2)
+    for layer in batch_norms(model).values():
+        layer.running_mean.add_(offset * layer.running_var.sqrt())
+    findings = audit_batch_norm(model.eval(), batches).findings
+    for name in batch_norms(model):
+        ours = [f for f in findings if f.layer == name and f.rule in ("momentum-convention", "not-converged")]
+        assert [f.rule for f in ours] == ["momentum-convention", "not-converged"]
+        assert ours[0].severity == severity
+        assert "momentum=0.9" in ours[1].message
+        assert "faster than the moving average" not in ours[1].message
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.99], ids=str)
@@ -185,6 +219,7 @@ def test_only_layers_inside_the_averaged_model_are_concerned():
     both = nn.ModuleDict({"student": network(), "teacher": AveragedModel(network())})
     for layer in batch_norms(both).values():
         layer.running_mean.fill_(2.0)
+        layer.running_var.fill_(1.5)
     report = audit_batch_norm(
         both, digits(), forward=lambda model, batch: (model["student"](batch[0]), model["teacher"](batch[0]))
     )

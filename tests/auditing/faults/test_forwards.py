@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bn_lightning import paused_statistics
-from bn_lightning.auditing import LayerHistory, TrainingHistory, audit_batch_norm
+from bn_lightning.auditing import LayerHistory, TrainingHistory, TrainingSettings, audit_batch_norm
 
 SLUGS = tuple(FAULTS)
 
@@ -133,8 +133,50 @@ def test_what_was_seen_while_training_tells_without_data(forward, backward, expe
     seen = LayerHistory(forward_updates=forward, backward_updates=backward)
     history = TrainingHistory(batches=100, layers={"0.1": seen})
     report = audit_batch_norm(network(), example_inputs=torch.randn(2, 1, 8, 8) if recorded else None, history=history)
-    found = {(finding.rule, finding.layer) for finding in report.findings if finding.rule in SLUGS}
-    assert found == {(slug, "0.1") for slug in expected}
+    found = {finding.rule: finding for finding in report.findings if finding.rule in SLUGS}
+    assert {(slug, finding.layer) for slug, finding in found.items()} == {(slug, "0.1") for slug in expected}
+    if "extra-forward" in found:  # they may all be meant: two views, or the parts of a GAN
+        assert found["extra-forward"].severity == "info"
+        assert "cannot be told without a loss reading" in found["extra-forward"].message
+        assert "step=" in found["extra-forward"].fix
+
+
+def with_views(model, batch):
+    """Learn two views of each picture, both with gradient."""
+    x, y = batch
+    return F.cross_entropy(model(x), y) + F.cross_entropy(model(x + 0.1), y)
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "severity"), [pytest.param(True, "info", id="by-hand"), pytest.param(False, "warning", id="automatic")]
+)
+def test_more_than_the_step_shows_is_sure_only_if_it_is_the_step_that_trains(by_hand, severity):
+    history = TrainingHistory(100, {"0.1": LayerHistory(forward_updates=3.0)})
+    settings = TrainingSettings(manual_optimization=by_hand)
+    report = audit_batch_norm(network(), digits()[:4], step=with_views, history=history, training=settings)
+    assert {name: f.severity for name, f in of_rule(report, "extra-forward").items()} == {"0.1": severity}
+
+
+@pytest.mark.parametrize("losses", [True, False], ids="losses={}".format)
+def test_passes_between_batches_are_extra_without_a_loss_too(losses):
+    history = TrainingHistory(100, {"0.1": LayerHistory(forward_updates=1.0, between_updates=100)})
+    given = {"train_batches": digits()[:4], "loss": F.cross_entropy} if losses else {}
+    found = of_rule(audit_batch_norm(network(), history=history, **given), "extra-forward")
+    assert {name: f.severity for name, f in found.items()} == {"0.1": "warning"}
+    assert found["0.1"].evidence == {"between_updates": 100}
+
+
+def test_a_teacher_whose_statistics_move_is_told_once():
+    both = nn.ModuleDict({"student": network(), "teacher": network().requires_grad_(False)})
+
+    def step(model, batch):
+        with torch.no_grad():
+            target = model["teacher"](batch[0])
+        return F.mse_loss(model["student"](batch[0]), target)
+
+    report = audit_batch_norm(both, digits()[:4], step=step)
+    assert sorted(of_rule(report, "frozen-weights-moving-statistics")) == ["teacher.0.1", "teacher.0.4"]
+    assert not of_rule(report, "extra-forward")
 
 
 def test_what_one_forward_pass_explains_is_not_extra():

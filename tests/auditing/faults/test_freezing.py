@@ -114,6 +114,70 @@ def test_modes_that_were_watched(seen, severity):
     )
 
 
+def test_evaluation_mode_all_through_training_is_a_way_to_fine_tune_with_learned_statistics():
+    """As norm_eval=True in mmdet, which is the default there."""
+    model = network()
+    fit(model, digits())
+    found = of_rule(audit_batch_norm(model, history=watched(training_share=0.0)), "wrong-mode")
+    assert {name: finding.severity for name, finding in found.items()} == {"0.1": "info", "0.4": "info"}
+    half = of_rule(audit_batch_norm(model, history=watched(training_share=0.5)), "wrong-mode")
+    assert {finding.severity for finding in half.values()} == {"warning"}
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids="frozen={}".format)
+def test_layers_without_weights_go_by_those_around_them(frozen):
+    model = network(affine=False)
+    model[0].requires_grad_(not frozen)
+    moved = audit_batch_norm(model, history=watched(forward_updates=1.0))
+    assert sorted(of_rule(moved, "frozen-weights-moving-statistics")) == (["0.1", "0.4"] if frozen else [])
+    stood = of_rule(audit_batch_norm(model, history=watched(training_share=0.0)), "wrong-mode")
+    assert {name: finding.severity for name, finding in stood.items()} == (
+        {} if frozen else {"0.1": "warning", "0.4": "warning"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("seen", "change", "expected"),
+    [
+        pytest.param({"forward_updates": 0.0}, None, ["0.1", "0.4"], id="never-moved"),
+        pytest.param({"forward_updates": 0.5}, None, [], id="moved"),
+        pytest.param({"forward_updates": 0.0, "backward_updates": 1.0}, None, [], id="moved-in-the-backward-pass"),
+        pytest.param({"forward_updates": 0.0}, "momentum", [], id="momentum-0"),
+        pytest.param({"forward_updates": 0.0}, "domain", [], id="another-domain"),
+        pytest.param({"forward_updates": 0.0}, "frozen-weights", [], id="frozen-weights"),
+        pytest.param({"forward_updates": 0.0}, "not-run", [], id="a-part-that-does-not-run"),
+    ],
+)
+def test_statistics_that_never_moved_in_training_mode(seen, change, expected):
+    model = network()
+    for layer in batch_norms(model).values():
+        if change == "momentum":
+            layer.momentum = 0.0
+    if change == "domain":
+        convert_batch_norm(model, "domain", num_domains=2)
+    if change == "frozen-weights":
+        model[0].requires_grad_(False)
+    x = None if change == "not-run" else torch.randn(2, 1, 8, 8)
+    report = audit_batch_norm(model, example_inputs=x, history=watched(training_share=1.0, **seen))
+    found = of_rule(report, "wrong-mode")
+    assert {name: finding.severity for name, finding in found.items()} == dict.fromkeys(expected, "warning")
+
+
+def test_weights_without_a_learning_rate_are_frozen_and_those_at_the_end_of_a_schedule_are_not():
+    model = network()
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[-1].parameters(), "lr": 0.1}]
+    optimizer, slug = torch.optim.SGD(groups), "frozen-weights-moving-statistics"
+    assert "learning rate of 0" in of_rule(audit_batch_norm(model, optimizer=optimizer), slug)["0.1"].message
+    ended = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(ended, lambda step: 1.0 if step == 0 else 0.0)
+    ended.step()
+    schedule.step()
+    assert ended.param_groups[0]["lr"] == 0
+    assert not of_rule(audit_batch_norm(model, optimizer=ended), slug)
+    by_hand = torch.optim.SGD(model.parameters(), lr=0.0)
+    assert not of_rule(audit_batch_norm(model, optimizer=by_hand), slug)
+
+
 def test_evaluation_mode_in_training_is_a_note_where_weights_learn_and_right_where_they_do_not():
     model = network()
     model[0][1].eval()

@@ -156,3 +156,20 @@ def test_the_same_training_with_ordinary_inputs_has_no_tiny_variance():
     model, batches = network(), digits()
     fit(model, batches)
     assert not of_rule(audit_batch_norm(model, batches), "tiny-variance")
+
+
+@pytest.mark.parametrize("buffer", ["running_mean", "running_var"])
+@pytest.mark.parametrize("matters", [True, False], ids="matters={}".format)
+def test_one_buffer_that_was_not_loaded(buffer, matters):
+    model = nn.Sequential(nn.BatchNorm1d(4)).eval()
+    x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)) * (3 if matters else 1) + 2 * matters
+    model[0].running_mean.copy_(x.mean(0))
+    model[0].running_var.copy_(x.var(0))
+    getattr(model[0], buffer).fill_(float(buffer == "running_var"))
+    report = audit_batch_norm(model, x.split(64))
+    found = [f for f in report.findings if f.rule in ("fresh-statistics", "not-converged")]
+    assert [f.rule for f in found] == (["fresh-statistics"] if matters else [])
+    if matters:
+        assert f"its {buffer} is as at creation" in found[0].message
+        apply_fixes(model, report)
+        assert getattr(model[0], buffer) == pytest.approx(x.mean(0) if buffer == "running_mean" else x.var(0), rel=1e-3)

@@ -57,6 +57,13 @@ def test_means_and_their_spread(sides, dtype, offset):
     np.testing.assert_allclose(calls.mean, every.mean(0), atol=tolerance)
     within = sum(each.var(0, ddof=0) * len(each) for each in examples) / (len(every) - 3)
     np.testing.assert_allclose(calls.within, within, atol=tolerance)
+    spreads = [
+        ((x.double().numpy() - each.mean(0).reshape(5, *[1] * len(sides))) ** 2).reshape(*x.shape[:2], -1).mean(2)
+        for x, each in zip(batches, examples, strict=True)
+    ]
+    fourths = sum(each.var(0, ddof=0) * len(each) for each in spreads) / (len(every) - 3)
+    np.testing.assert_allclose(calls.within_squares, fourths, atol=10 * tolerance)
+    np.testing.assert_allclose(calls.variance_of_variance, fourths / len(every), atol=10 * tolerance)
     between = sum(len(each) * (each.mean(0) - every.mean(0)) ** 2 for each in examples) / 2
     np.testing.assert_allclose(calls.between, between, atol=10 * tolerance)
     np.testing.assert_allclose(calls.variance_of_mean, within / len(every), atol=tolerance)

@@ -27,6 +27,7 @@ class LayerCalls:
         means: Each batch's mean of each channel, (batches, C), float64 on the CPU.
         within: Variance of the examples' means about their batch's mean, (C,), pooled over batches; NaN where no batch
             has two examples.
+        within_squares: The same of the examples' mean squares about their batch's mean.
         per_batch: How often the layer runs, a batch.
         each: What the layer is given at the first call of a batch, at the second, and so on; empty for a layer that
             runs once.
@@ -37,6 +38,7 @@ class LayerCalls:
     by_example: bool
     means: Tensor
     within: Tensor
+    within_squares: Tensor
     per_batch: int = 1
     each: tuple[ChannelMoments, ...] = ()
 
@@ -71,6 +73,11 @@ class LayerCalls:
         """Squared standard error of `mean`, (C,), if examples are drawn at random."""
         return self.within / sum(self.examples)
 
+    @property
+    def variance_of_variance(self) -> Tensor:
+        """Squared standard error of the variance over all, (C,), if examples are drawn at random: heavy tails count."""
+        return self.within_squares / sum(self.examples)
+
 
 @dataclass(frozen=True, slots=True)
 class _Call:
@@ -79,13 +86,15 @@ class _Call:
     by_example: bool
     mean: Tensor
     squares: Tensor
+    fourths: Tensor
     moments: ChannelMoments | None
 
 
 class CallObserver(Observer):
     """Reads every input once, for its examples' means; where a layer may run several times a batch its moments too.
 
-    Means are added in float32 at least: 1e-6 of a channel's own mean is as fine as they tell batches apart.
+    Means are added in float32 at least: 1e-6 of a channel's own mean is as fine as they tell batches apart. Beside the
+    mean of each example its variance is read, for how sure a variance over all is.
     """
 
     passes: ClassVar[tuple[str, ...]] = ("population", "evaluation_population")
@@ -133,19 +142,22 @@ class CallObserver(Observer):
         # In a layer's first batch it is not known yet whether another call comes.
         first = name not in self._batches[self._pass]
         moments = batch_moments(x) if first or name in self._shared else None
-        narrow = x.dtype in (torch.float16, torch.bfloat16)
-        each = x if x.dim() == 2 else x.mean(tuple(range(2, x.dim())), dtype=torch.float32 if narrow else None)
-        each = each.to(accumulation_dtype(x.device))
+        if x.dim() == 2:
+            each, inside = x.to(accumulation_dtype(x.device)), x.new_zeros(())
+        else:  # each example's channels as channels of one example: one read gives mean and variance
+            apart = batch_moments(x.reshape(1, -1, *x.shape[2:]))
+            each, inside = apart.mean.view(x.shape[:2]), apart.var(correction=0).view(x.shape[:2])
         mean = each.mean(0)
-        squares = (each - mean).square_().sum(0)
+        square = (each - mean).square()
+        spread = square + inside
+        fourths = (spread - spread.mean(0)).square_().sum(0)
         values = x.numel() // x.shape[1]
-        calls.append(_Call(x.shape[0], values, x.shape[0] == self._examples, mean, squares, moments))
+        calls.append(_Call(x.shape[0], values, x.shape[0] == self._examples, mean, square.sum(0), fourths, moments))
 
 
 def _summary(batches: list[list[_Call]]) -> LayerCalls:
     first = [calls[0] for calls in batches]
     freedom = sum(call.examples - 1 for call in first)
-    squares = torch.stack([call.squares for call in first]).sum(0)
     per_batch = round(median(map(len, batches)))
     each: list[ChannelMoments] = []
     for place in range(per_batch if per_batch > 1 else 0):
@@ -161,7 +173,14 @@ def _summary(batches: list[list[_Call]]) -> LayerCalls:
         tuple(call.values for call in first),
         all(call.by_example for call in first),
         torch.stack([call.mean for call in first]).cpu().double(),
-        (squares / freedom if freedom else squares * torch.nan).cpu().double(),
+        _over(freedom, [call.squares for call in first]),
+        _over(freedom, [call.fourths for call in first]),
         per_batch,
         tuple(each) if len(each) == per_batch else (),
     )
+
+
+def _over(freedom: int, parts: list[Tensor]) -> Tensor:
+    """Divide a sum by its degrees of freedom: NaN where there are none."""
+    total = torch.stack(parts).sum(0)
+    return (total / freedom if freedom else total * torch.nan).cpu().double()

@@ -131,11 +131,12 @@ def _find_single(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
             {"batches": number, "shape": str(error.shape)},
             "drop_last=True in the DataLoader, or a batch size that leaves no single example over",
         )
-    training = reading.training
-    if told or training is None or training.last_batch != 1:
+    if told or reading.last_batch != 1:
         return
     for row in reading.layers:
-        if not is_frozen(reading, row.layer) and _values_per_example(reading, row.name) == 1:
+        calls = reading.seen.calls.get(row.name)
+        one = _values_per_example(reading, row.name) == 1 if calls is None else calls.values == calls.examples
+        if one and not is_frozen(reading, row.layer):
             yield rule.finding(
                 row.name,
                 "the last training batch of an epoch has one example, which gives it one value per channel: training "
@@ -165,8 +166,10 @@ def _find_ordered(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
         f"the batches are no random draw: their means vary {ratio:.3g} times as much as the examples within them "
         "explain. What a batch has in common is normalized away in training, and not in evaluation",
         {"variance_ratio": ratio, "bound": bound, "autocorrelation": again, "batches": batches},
-        "shuffle=True in the training DataLoader; mix classes and domains in each batch; where a sampler groups on "
-        "purpose (metric learning), bn_lightning.recalibrate_batch_norm(model, shuffled_batches) before evaluation",
+        "shuffle=True in the training DataLoader, so that each batch mixes classes and domains. If a sampler puts "
+        "together what belongs together on purpose, as metric learning does (P classes × K examples), keep it, with "
+        "more classes a batch, and recalibrate over shuffled batches: "
+        "bn_lightning.recalibrate_batch_norm(model, shuffled_batches)",
     )
 
 
@@ -225,7 +228,13 @@ RULES = (
         _find_small,
         ("data", "training"),
     ),
-    Rule("single-value-batch", "error", "any batch with one value per channel", _find_single, ("data", "training")),
+    Rule(
+        "single-value-batch",
+        "error",
+        "any batch with one value per channel, or such a last one by its loader",
+        _find_single,
+        ("data", "training"),
+    ),
     Rule(
         "ordered-batches",
         "warning",
@@ -237,7 +246,8 @@ RULES = (
     Rule(
         "padding",
         "warning",
-        f"≥ {_PADDED:.0%} of the positions repeat one vector to the end of sequences, more in some than in others",
+        f"≥ {_PADDED:.0%} of the positions repeat one vector to the end of sequences, more in some than in others; of "
+        "inputs (N, C, L) and (N·L, C), not of pictures",
         _find_padding,
         ("data",),
     ),

@@ -7,7 +7,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from bn_lightning.auditing.finding import Finding, Repair
 from bn_lightning.auditing.reading import AuditReading, LayerReading
-from bn_lightning.auditing.rules.layers import are_fresh, may_move
+from bn_lightning.auditing.rules.layers import are_fresh, fresh_half, may_move
+from bn_lightning.auditing.rules.momentum import LARGE_MOMENTUM, SEVERE_GAP
 from bn_lightning.auditing.rules.rule import RECALIBRATE, Rule
 from bn_lightning.auditing.rules.statistics import NOTEWORTHY_GAP
 from bn_lightning.layers.debiased import DebiasedBatchNorm
@@ -15,7 +16,7 @@ from bn_lightning.layers.debiased import DebiasedBatchNorm
 __all__ = ["RULES"]
 
 # Lower bounds of the gap, worst first.
-_TIERS = {"error": 1.0, "warning": 0.25, "info": NOTEWORTHY_GAP}
+_TIERS = {"error": SEVERE_GAP, "warning": 0.25, "info": NOTEWORTHY_GAP}
 # The same of the weight that the initial (0, 1) still has, where there is no data to measure a gap on.
 _REMAINING = {"warning": 0.1, "info": 0.01}
 _AFTER_AVERAGING = f"{RECALIBRATE} after the averaged weights are in place; under a Trainer, RecalibrateBatchNorm()"
@@ -102,8 +103,10 @@ def _find_averaged(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
 
 def _severity(row: LayerReading) -> str | None:
     # A frozen layer trains on its running statistics: evaluation does nothing else.
-    if row.gap is None or row.population is None or row.population.frozen or are_fresh(row.layer):
+    if row.gap is None or row.population is None or row.population.frozen:
         return None
+    if are_fresh(row.layer) or fresh_half(row.layer) is not None:
+        return None  # of which fresh-statistics tells
     gap = row.gap
     return next((name for name, bound in _TIERS.items() if gap >= bound), None)
 
@@ -134,6 +137,8 @@ def _initial_share(layer: _BatchNorm) -> float | None:
 
 
 def _cause(layer: _BatchNorm, updates: int | None, remaining: float | None) -> str:
+    if layer.momentum is not None and layer.momentum >= LARGE_MOMENTUM:
+        return f"momentum={layer.momentum:g} weighs the new batch: they are little more than the last batch's"
     if remaining is None or remaining <= _REMAINING["info"]:
         return "the weights or the data changed faster than the moving average follows, or its batches were too small"
     return (

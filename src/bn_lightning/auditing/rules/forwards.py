@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from bn_lightning.auditing.finding import Finding
 from bn_lightning.auditing.reading import AuditReading
-from bn_lightning.auditing.rules.layers import affine_parameters, is_frozen, may_move, trained_parameters
+from bn_lightning.auditing.rules.freezing import moves_frozen
+from bn_lightning.auditing.rules.layers import is_averaged, is_frozen, may_move
 from bn_lightning.auditing.rules.rule import Rule
 from bn_lightning.functional import ChannelMoments, channel_gap, layer_gap
 
@@ -48,57 +49,56 @@ def _gap(one: ChannelMoments, pooled: ChannelMoments, eps: float) -> float:
 
 
 def _find_extra(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
-    trained = trained_parameters(reading)
     for row in reading.layers:
         if not may_move(reading, row.layer) or row.layer.momentum == 0:
             continue
-        affine = affine_parameters(row.layer)
-        if affine and trained and not any(id(parameter) in trained for parameter in affine):
-            continue  # frozen-weights-moving-statistics tells it
+        # Of a layer with frozen weights it is not how often that is wrong, but that its statistics move at all.
+        if moves_frozen(reading, row) or is_averaged(reading, row.name):
+            continue
         traffic = reading.seen.traffic.get(row.name)
         seen = None if reading.history is None else reading.history.layers.get(row.name)
-        updates = None if seen is None else seen.forward_updates
         if seen is not None and seen.between_updates:
-            yield _between(rule, row.name, seen.between_updates)
-        elif traffic is None:
-            if updates is not None and updates - _recorded_calls(reading, row.name) > _MORE:
-                yield _perhaps_extra(rule, row.name, updates)
-        else:
-            expected = traffic.with_gradient
-            extra = min(traffic.without_gradient, traffic.moving - expected)
-            if updates is not None:
-                extra = max(extra, updates - max(expected, _recorded_calls(reading, row.name)))
+            yield rule.finding(
+                row.name,
+                f"its running statistics were moved {seen.between_updates} times between training batches, outside of "
+                "validation: a forward pass in training mode, in a hook or a callback, which moves them even under "
+                "torch.no_grad()",
+                {"between_updates": seen.between_updates},
+                f"{_PAUSE}; or run it in evaluation mode",
+            )
+        updates = None if seen is None else seen.forward_updates
+        needed = max(0.0 if traffic is None else traffic.with_gradient, float(_recorded_calls(reading, row.name)))
+        more = 0.0 if updates is None else updates - needed
+        if traffic is not None:
+            shown = min(traffic.without_gradient, traffic.moving - traffic.with_gradient)
+            # By hand, training_step may learn from more forward passes than the step that was read in its place.
+            extra = shown if _by_hand(reading) else max(shown, more)
             if extra > _MORE:
                 yield rule.finding(
                     row.name,
-                    f"its running statistics are moved {extra:.2g} times a training batch beside the {expected:g} "
-                    "forward pass(es) that training needs: an extra pass in training mode, which moves them even "
-                    "under torch.no_grad()",
-                    {"extra_updates": extra, "updates": updates, "with_gradient": expected},
+                    f"its running statistics are moved {extra:.2g} times a training batch beside the "
+                    f"{traffic.with_gradient:g} forward pass(es) that training needs: an extra pass in training mode, "
+                    "which moves them even under torch.no_grad()",
+                    {"extra_updates": extra, "updates": updates, "with_gradient": traffic.with_gradient},
                     f"{_PAUSE}; or run it in evaluation mode",
                 )
+                continue
+        if more > _MORE:
+            yield rule.finding(
+                row.name,
+                f"its running statistics are moved {updates:.3g} times a training batch, where one forward pass "
+                f"moves them {needed:g} times; whether training learns from all of these passes cannot be told "
+                + ("without a loss reading" if traffic is None else "from the one step whose loss was read"),
+                {"extra_updates": more, "updates": updates, "one_pass": needed},
+                "step=lambda module, batch: …, which makes all forward passes of a training batch and returns a loss "
+                "from them, shows which are without gradient (audit_batch_norm, BatchNormAudit); such a pass belongs "
+                "under bn_lightning.paused_statistics(model), one that training learns from does not",
+                severity="info",
+            )
 
 
-def _between(rule: Rule, name: str, updates: int) -> Finding:
-    return rule.finding(
-        name,
-        f"its running statistics are moved between training batches, {updates} times outside of validation: a forward "
-        "pass in training mode that nothing is trained by, such as a picture that is logged",
-        {"between_updates": updates},
-        f"{_PAUSE}; or run it in evaluation mode",
-    )
-
-
-def _perhaps_extra(rule: Rule, name: str, updates: float) -> Finding:
-    """Without having read a loss: two views, or a network and its adversary, are run more than once and meant so."""
-    return rule.finding(
-        name,
-        f"its running statistics are moved {updates:.2g} times a training batch; which of these forward passes "
-        "training needs cannot be told, since no loss was read",
-        {"updates": updates},
-        f"step= has it told; if one of them is not trained by, {_PAUSE}",
-        severity="info",
-    )
+def _by_hand(reading: AuditReading) -> bool:
+    return reading.training is not None and reading.training.manual_optimization
 
 
 def _recorded_calls(reading: AuditReading, name: str) -> int:
@@ -147,7 +147,7 @@ RULES = (
         "extra-forward",
         "warning",
         f"> {_MORE:g} updates a training batch more than forward passes with gradient, or any between batches "
-        "(warning); more than one forward pass makes, where no loss was read (info)",
+        "(warning); than one forward pass has, where no loss reading tells which passes have a gradient (info)",
         _find_extra,
         ("losses", "history"),
     ),

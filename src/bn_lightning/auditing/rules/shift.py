@@ -1,6 +1,5 @@
 """Inputs that differ: between training and evaluation, or from channel to channel."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -16,10 +15,9 @@ __all__ = ["RULES"]
 _SHIFT, _ERRORS = 0.25, 4.0
 # Of the recalibrated loss, what the evaluation inputs' own statistics save where their difference is no trifle.
 _COST = 0.1
-# Between scales; of many the extremes are left out. And of a mean, in standard deviations.
-_RATIO, _MANY, _FAR = 10.0, 10, 10.0
-# Of many, the largest scale over the median one: a column or two that were forgotten.
-_OUTLYING = 100.0
+# Between scales; of many the extremes are left out, unless one is so many times the median. And of a mean, in standard
+# deviations.
+_RATIO, _MANY, _ALONE, _FAR = 10.0, 10, 100.0, 10.0
 
 
 def _find_shift(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
@@ -55,34 +53,46 @@ def _is_costly(reading: AuditReading) -> bool:
 
 
 def _distance(reading: AuditReading, row: LayerReading) -> tuple[float, float | None] | None:
-    """Give the gap between training and evaluation at a layer, and its standard error if that is known."""
+    """Give the gap between training and evaluation at a layer, and its standard error if that is known.
+
+    Of means and variances together, unless the means alone are surer: heavy tails blur a variance far more than a mean.
+    """
     if row.population is None:
         return None
     train, evaluation = row.population.moments, reading.evaluation[row.name].moments
     if train.count < 2 or evaluation.count < 2:
         return None
-    var = train.var(correction=1)
-    distance = channel_gap(train.mean, var, evaluation.mean, evaluation.var(correction=1), row.layer.eps)
-    return float(layer_gap(distance, None)), _standard_error(reading, row.name, var.cpu().double() + row.layer.eps)
+    eps, var, other = row.layer.eps, train.var(correction=1), evaluation.var(correction=1)
+    both = float(layer_gap(channel_gap(train.mean, var, evaluation.mean, other, eps), None))
+    of_means, error = _standard_errors(reading, row.name, var.cpu().double() + eps, other.cpu().double() + eps)
+    if of_means is None or error is None:
+        return both, None
+    means = float(layer_gap(channel_gap(train.mean, var, evaluation.mean, var, eps), None))
+    if means >= _SHIFT and means * error > both * of_means:
+        return means, of_means
+    return both, error
 
 
-def _standard_error(reading: AuditReading, name: str, var: torch.Tensor) -> float | None:
-    """How far apart two random draws of so many examples lie, RMS over channels, in σ."""
+def _standard_errors(
+    reading: AuditReading, name: str, var: torch.Tensor, other: torch.Tensor
+) -> tuple[float | None, float | None]:
+    """How far apart two random draws of so many examples lie, RMS over channels, in σ: their means, and in all.
+
+    Means differ by their standard errors. A ratio r of standard deviations has, to first order, the variance r²/4 times
+    the squared relative errors of both variances, which heavy tails make large, and 1/4 of that where both draws are
+    alike (r = 1): r/4 is taken, between the two.
+    """
     calls, others = reading.seen.calls.get(name), reading.seen.evaluation_calls.get(name)
     if calls is None or others is None or not (calls.by_example and others.by_example):
-        return None
-    share = (calls.variance_of_mean + others.variance_of_mean) / var
-    share = share[torch.isfinite(share)]
-    if not len(share):
-        return None
-    return max(float(share.mean().sqrt()), _spread_of_batches(reading, name))
+        return None, None
+    means = (calls.variance_of_mean + others.variance_of_mean) / var
+    relative = calls.variance_of_variance / var.square() + others.variance_of_variance / other.square()
+    return _root_mean(means), _root_mean(means + (other / var).sqrt() / 4 * relative)
 
 
-def _spread_of_batches(reading: AuditReading, name: str) -> float:
-    """The same by how much the batches differ in mean and variance: a few extreme values make one of their own."""
-    (row,) = (row for row in reading.layers if row.name == name)
-    both = [each.standard_error for each in (row.population, reading.evaluation[name]) if each is not None]
-    return math.hypot(*(error for error in both if error is not None))
+def _root_mean(squares: torch.Tensor) -> float | None:
+    known = squares[torch.isfinite(squares)]
+    return float(known.mean().sqrt()) if len(known) else None
 
 
 def _find_scales(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
@@ -96,16 +106,18 @@ def _find_scales(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
     singular = first.kind.removesuffix("s")
     fix = f"standardize the inputs over the training set, or put a BatchNorm before {first.layer!r}"
     # By both: a pixel at the edge hardly varies and a rare word hardly occurs, and neither is in other units.
-    ratio = min(_ratio(std), _ratio(values))
-    outlying = min(float(each.max() / each.median()) for each in (std, values))
-    if ratio > _RATIO or outlying > _OUTLYING:
+    ratio, above = min(_ratio(std), _ratio(values)), torch.minimum(std / std.median(), values / values.median())
+    alone = float(above.max())
+    if ratio > _RATIO or alone > _ALONE:
         low, high = int(values.argmin()), int(values.argmax())
+        if ratio <= _RATIO:
+            ratio, low, high = alone, int((values - values.median()).abs().argmin()), int(above.argmax())
         yield rule.finding(
             None,
             f"the {first.kind} of the network's input, at {first.layer!r}, are of very different scale: standard "
             f"deviation {float(std[low]):.3g} in {singular} {int(names[low])}, {float(std[high]):.3g} in {singular} "
             f"{int(names[high])}, and no normalization comes before",
-            {"ratio": max(ratio, outlying), "smallest": float(std[low]), "largest": float(std[high])},
+            {"ratio": ratio, "smallest": float(std[low]), "largest": float(std[high])},
             fix,
         )
         return
@@ -140,8 +152,8 @@ RULES = (
         "unstandardized-input",
         "warning",
         f"standard deviations and ranges of input channels or features both > {_RATIO:g} times apart (of {_MANY} or "
-        f"more, the 90th percentile over the 10th, or the largest > {_OUTLYING:g} times the median), or the median "
-        f"mean > {_FAR:g} standard deviations from 0",
+        f"more, the 90th percentile over the 10th, or one > {_ALONE:g} times the median), or the median mean > "
+        f"{_FAR:g} standard deviations from 0",
         _find_scales,
         ("data",),
     ),

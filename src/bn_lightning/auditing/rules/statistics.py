@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.auditing.finding import Finding, Repair
 from bn_lightning.auditing.reading import AuditReading, LayerReading
-from bn_lightning.auditing.rules.layers import are_fresh
+from bn_lightning.auditing.rules.layers import are_fresh, fresh_half
 from bn_lightning.auditing.rules.rule import RECALIBRATE, Rule
 from bn_lightning.layers.frozen import FrozenBatchNorm
 
@@ -63,14 +63,18 @@ def _find_nonfinite(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
 
 def _find_fresh(rule: Rule, reading: AuditReading) -> Iterator[Finding]:
     for row in reading.layers:
-        if isinstance(row.layer, FrozenBatchNorm) or not are_fresh(row.layer):
+        fresh, half = are_fresh(row.layer), fresh_half(row.layer)
+        if isinstance(row.layer, FrozenBatchNorm) or not (fresh or half):
             continue
         if row.population is None:
-            yield from _fresh_without_data(rule, reading, row)
+            yield from _fresh_without_data(rule, reading, row) if fresh else ()
         elif row.gap is not None and row.gap >= NOTEWORTHY_GAP and not row.population.frozen:
             yield rule.finding(
                 row.name,
-                f"its running statistics are exactly (0, 1), as at creation, {_why_fresh(row.layer)}",
+                f"its running statistics are exactly (0, 1), as at creation, {_why_fresh(row.layer)}"
+                if fresh
+                else f"its {half} is as at creation in every channel, {'1' if half == 'running_var' else '0'}, and the "
+                "other of its running statistics is not: one of the two was not loaded (strict=False?) or was reset",
                 {"gap": row.gap, "num_batches_tracked": _updates(row.layer), "momentum": row.layer.momentum},
                 f"load a checkpoint that has them, or {RECALIBRATE}",
                 repair=Repair("recalibrate"),
@@ -129,7 +133,7 @@ RULES = (
     Rule(
         "fresh-statistics",
         "error",
-        f"running_mean all 0 and running_var all 1, with a gap ≥ {NOTEWORTHY_GAP} output std; without data: "
+        f"running_mean all 0, or running_var all 1, with a gap ≥ {NOTEWORTHY_GAP} output std; without data: both, and "
         "num_batches_tracked > 0 (error; in training mode a warning), or β not the same in all channels (info)",
         _find_fresh,
     ),
