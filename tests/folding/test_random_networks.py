@@ -70,7 +70,7 @@ def assert_same(found, expected):
         assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
 
 
-@bounded(250)
+@bounded(120)
 @given(programs())
 def test_outputs_stay_and_undo_restores(program: Program):
     note(str(program))
@@ -106,7 +106,7 @@ def input_gradient(net, x):
         return None
 
 
-@bounded(250)
+@bounded(120)
 @given(programs())
 def test_gradients_stay(program: Program):
     note(str(program))
@@ -121,7 +121,7 @@ def test_gradients_stay(program: Program):
     assert_same([found], [expected])
 
 
-@bounded(600)
+@bounded(250)
 @given(programs())
 def test_the_plan_is_what_the_oracle_finds(program: Program):
     note(str(program))

@@ -153,9 +153,11 @@ def test_one_activation_is_kept_for_the_noise():
     assert len(saved) == 1
 
 
-def test_compiles_to_the_same_values_and_gradients():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_the_same_values_and_gradients(dynamic):
     layer, x = build(), batch((4, 3, 5)).requires_grad_()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.compiler.reset()  # sizes that other tests compiled with would make this one's dynamic
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     results = []
     for call in (layer, compiled):
         torch.manual_seed(0)
