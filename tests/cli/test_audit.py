@@ -170,7 +170,7 @@ def test_a_projects_own_module_checkpoint_and_data_in_the_working_folder(project
     assert told.splitlines()[:3] == [
         "BatchNorm audit of Module: 1 layer, 4 training batches",
         told.splitlines()[1],
-        "  what   not-converged in 'net.0'",
+        "  what   fresh-statistics in 'net.0'",
     ]
     assert "stale statistics cost" in told
     assert run(*arguments, "--data_options", '{"number": 2}', "--json") == 3
